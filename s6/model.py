@@ -1,0 +1,56 @@
+"""The network: 10,474 parameters, eight convolutions in two stages and a classifier without a linear layer."""
+
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution, batch normalisation, ReLU, dropout: (B, in, H, W) to (B, out, H - k + 1, W - k + 1).
+
+    The ReLU is functional because torchsummary lists modules, and the table of this network has no ReLU rows.
+    It comes after the normalisation, as in Ioffe and Szegedy, "Batch Normalization", 2015.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, dropout):
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel_size),
+            nn.BatchNorm2d(out_channels),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x):
+        conv, norm, dropout = self
+        return dropout(F.relu(norm(conv(x))))
+
+
+class Net(nn.Module):
+    """Classify 28 x 28 digits: (B, 1, 28, 28) normalised images to (B, 10) log-probabilities.
+
+    Args:
+        dropout: probability of zeroing an activation after each block. The default is 0: ten thousand parameters
+            under augmentation underfit, and drawing the masks is slow on a CPU.
+    """
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        # Beside each layer: the resolution after it, and the receptive field (how many input pixels, across, one
+        # output sees). A 3 x 3 layer adds 2 to the field before the pooling and, at half the resolution, 4 after it.
+        self.layers = nn.Sequential(
+            ConvBlock(1, 8, 3, dropout),  # 26 x 26, sees 3: edges
+            ConvBlock(8, 12, 3, dropout),  # 24 x 24, sees 5
+            ConvBlock(12, 16, 3, dropout),  # 22 x 22, sees 7: strokes, about as wide as a pen line and its rims
+            nn.MaxPool2d(2),  # 11 x 11, sees 8: transition, halves the resolution
+            ConvBlock(16, 8, 1, dropout),  # 11 x 11, sees 8: transition, halves the channels for 136 parameters
+            ConvBlock(8, 12, 3, dropout),  # 9 x 9, sees 12
+            ConvBlock(12, 16, 3, dropout),  # 7 x 7, sees 16: parts of digits
+            ConvBlock(16, 16, 3, dropout),  # 5 x 5, sees 20
+            ConvBlock(16, 16, 3, dropout),  # 3 x 3, sees 24
+            nn.Conv2d(16, 10, 1),  # 3 x 3, sees 24: a score for each class at each of nine places
+            nn.AvgPool2d(3),  # 1 x 1, sees 28, the whole image: the nine votes averaged
+        )
+
+    def forward(self, images):
+        """Return (B, 10) log-probabilities; raise ValueError unless `images` is (B, 1, 28, 28)."""
+        if images.ndim != 4 or images.shape[1:] != (1, 28, 28):
+            raise ValueError(f"Net expects images of shape (B, 1, 28, 28), got {tuple(images.shape)}")
+        return F.log_softmax(self.layers(images).flatten(1), dim=1)

