@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.ticker import LogLocator
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
@@ -35,7 +36,7 @@ class Recipe:
     warmup: float = 0.2  # share of the steps in which the rate climbs to its peak, before it falls to zero
     momentum: float = 0.9  # Nesterov's
     weight_decay: float = 5e-4  # on the convolutions' weights only: biases and BatchNorm have nothing to shrink for
-    average: float = 0.999  # decay a step of the moving average of the weights: over a thousand steps, two epochs
+    average: float = 0.999  # decay a step of the moving average of the weights: it spans 1,000 steps, two epochs
     degrees: float = 10.0  # augmentation: rotation, to either side
     translate: float = 2.0  # augmentation: shift along each axis, in pixels of 28
     scale: float = 0.1  # augmentation: zoom, from 1 - scale to 1 + scale
@@ -216,8 +217,8 @@ def affine(images, degrees, translate, scale, shear):
     # grid_sample asks where each output pixel comes from, so this is the inverse map.
     inverse = torch.stack([cos - tan * sin, -sin - tan * cos, sin, cos], 1).view(-1, 2, 2) / scale.view(-1, 1, 1)
     shift = inverse @ translate.unsqueeze(2) * (-2 / images.shape[-1])  # a side is 2 units long
-    grid = torch.nn.functional.affine_grid(torch.cat([inverse, shift], 2), images.shape, align_corners=False)
-    return torch.nn.functional.grid_sample(images, grid, align_corners=False)
+    grid = F.affine_grid(torch.cat([inverse, shift], 2), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def random_affine(images, generator, degrees, translate, scale, shear):
@@ -366,7 +367,7 @@ def train(
             if averaged is not None:
                 averaged.update_parameters(model)
             with torch.no_grad():
-                sums += torch.stack([loss * len(labels), (output.argmax(1) == labels).sum()])
+                sums += torch.stack([loss.float() * len(labels), (output.argmax(1) == labels).sum(dtype=torch.float32)])
             seen += len(labels)
             if progress.update():  # true where the bar was due to be redrawn
                 loss, accuracy = means()
