@@ -27,7 +27,8 @@ class ConvBlock(nn.Sequential):
 class Net(nn.Module):
     """Classify 28 x 28 digits: (B, 1, 28, 28) normalised images to (B, 10) log-probabilities.
 
-    The layers are those of the course's network, to the parameter: even the biases that a BatchNorm cancels.
+    The layers are those of the course's network, to the parameter. There the ReLU comes before the normalisation, and
+    one more on the class scores. Here the biases ahead of a BatchNorm have no effect; they are kept for the count.
 
     Args:
         dropout: probability of zeroing an activation after each block. The default is 0: trained on augmented images

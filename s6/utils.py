@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is trained: every hyperparameter, once. `Recipe(epochs=5)` changes one and keeps the rest."""
+    """How the network is trained: each hyperparameter, once. `Recipe(epochs=5)` changes one and keeps the rest."""
 
     epochs: int = 20  # the assignment's limit
     batch_size: int = 125  # divides 60,000 and 50,000: every step sees a full batch
@@ -330,7 +330,7 @@ def train(
         train_loader: any iterable of (images, labels) batches.
         criterion: mean loss of a batch from `(output, labels)`: `F.nll_loss`, `nn.CrossEntropyLoss()`, ...
         train_losses, train_acc: lists to append to; new ones where None. Accuracy is in percent. Both are running
-            figures of the augmented images, as the weights move: lower than the final weights would give.
+            figures of the augmented images, as the weights move: worse than the final weights would give.
         scheduler: stepped once a batch.
         averaged: a `torch.optim.swa_utils.AveragedModel` of `model`, updated once a batch.
         bar: for tqdm, such as `desc="epoch 3"`, `leave=False`, `disable=True`.
@@ -349,8 +349,8 @@ def train(
     sums = torch.zeros(2, device=device)  # loss, correct: read by the host as rarely as the bar is drawn
 
     def means():
-        loss, correct = (sums / seen).tolist()
-        return _finite(loss, "training"), 100 * correct
+        loss, correct = sums.tolist()
+        return _finite(loss / seen, "training"), 100 * correct / seen
 
     # On stdout, where Jupyter, Colab and a terminal all redraw the line; stderr would be a red box.
     total = len(train_loader) if hasattr(train_loader, "__len__") else None
@@ -403,15 +403,16 @@ def predict(model, device, loader):
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None):
     """Evaluate on the whole loader, and append the mean loss and the accuracy in percent to the histories.
 
-    The criterion sees all outputs at once, so its mean does not depend on the batch size. Arguments, the two lists
-    returned and the errors are those of `train`.
+    The criterion sees all outputs at once, so its mean does not depend on the batch size. The criterion, the lists
+    and the errors are as in `train`.
     """
     test_losses = [] if test_losses is None else test_losses
     test_acc = [] if test_acc is None else test_acc
     outputs, labels = predict(model, device, test_loader)
     loss = _finite(criterion(outputs, labels).item(), "test")
     test_losses.append(loss)
-    test_acc.append(100 * (outputs.argmax(1) == labels).float().mean().item())
+    # Counted, then divided: a mean of float32 makes 9,940 of 10,000 more than 99.4 %.
+    test_acc.append(100 * (outputs.argmax(1) == labels).sum().item() / len(labels))
     return test_losses, test_acc
 
 
@@ -421,8 +422,8 @@ test.__test__ = False  # for pytest: a function of the product, whatever its nam
 # Each returns a matplotlib Figure, closed for pyplot: as the last line of a cell it is shown once.
 
 
-def plot_curves(train_losses, train_acc, test_losses, test_acc, goal=99.4):
-    """Draw loss and accuracy of both sets against the epoch, with the goal as a line and the last values written.
+def plot_curves(train_losses, train_acc, test_losses, test_acc):
+    """Draw loss and accuracy of both sets against the epoch, with 99.4 % as a line and the last values written.
 
     The accuracy axis shows what is near the goal; the first epochs of training may lie below it. Raises ValueError
     where a history is empty.
@@ -433,7 +434,7 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc, goal=99.4):
     for label, losses, accuracies in (("train", train_losses, train_acc), ("test", test_losses, test_acc)):
         left.plot(range(1, len(losses) + 1), losses, ".-", label=f"{label}, last {losses[-1]:.4f}")
         right.plot(range(1, len(accuracies) + 1), accuracies, ".-", label=f"{label}, last {accuracies[-1]:.2f} %")
-    right.axhline(goal, color="gray", linestyle="--", label=f"goal, {goal} %")
+    right.axhline(99.4, color="gray", linestyle="--", label="goal, 99.4 %")
     left.set(xlabel="epoch", ylabel="loss (negative log-likelihood)", yscale="log", title="Loss")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")

@@ -55,6 +55,14 @@ def test_test_reports_the_mean_over_images_whatever_the_batch_size(batches):
         assert losses == pytest.approx([loss], rel=1e-4) and accuracies == pytest.approx([accuracy])
 
 
+def test_exactly_the_goal_is_not_more_than_the_goal():
+    """As float32, 9,940 of 10,000 would be 99.4000018 %."""
+    answers = torch.eye(10)[torch.zeros(10_000, dtype=torch.long)].view(10_000, 10)
+    labels = (torch.arange(10_000) >= 9_940).long()
+    _, accuracies = test(nn.Identity(), "cpu", [(answers.log(), labels)], lambda output, labels: output[:, 0].mean())
+    assert accuracies == [99.4]
+
+
 def test_test_leaves_the_model_alone(batches):
     model = Net(dropout=0.5).train()
     before = state(model)
