@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from s6.model import Net
-from s6.utils import MEAN, STD, Recipe, TensorLoader, mnist_loaders, predict, set_seed, test, train
+from s6.utils import MEAN, STD, CPUParallel, Recipe, TensorLoader, mnist_loaders, predict, set_seed, test, train
 
 
 def sgd(model, lr=0.05):
@@ -214,13 +214,15 @@ def test_the_moving_average_is_the_recurrence(batches):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_two_seeded_runs_are_equal_bit_for_bit(mnist):
+@pytest.mark.parametrize("parallel", [False, True])
+def test_two_seeded_runs_are_equal_bit_for_bit(parallel, mnist):
     def run(seed):
         set_seed(seed)
         loader, _ = mnist_loaders(ROOT / "data", 100, "cpu", seed, holdout=59_000)
-        model = Net(dropout=0.1)
+        model = Net(dropout=0 if parallel else 0.1)
         optimizer, scheduler, averaged = Recipe().prepare(model, len(loader))
-        history = train(model, "cpu", loader, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
+        fast = CPUParallel(model) if parallel else model
+        history = train(fast, "cpu", loader, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
         return history, state(averaged)
 
     (history, weights), (again, weights_again), (other, _) = run(1), run(1), run(2)
@@ -264,6 +266,90 @@ def test_the_host_reads_from_the_device_far_less_than_once_a_step(batches, monke
     many = [(images[:2], labels[:2])] * 50
     train(model, "cpu", many, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged, mininterval=3600)
     assert readings == ["tolist"]
+
+
+def shards_alone(model, images, labels):
+    """Gradients and outputs of two halves, one after the other, each with BatchNorm statistics of its own."""
+    outputs = torch.cat([copy.deepcopy(model).train()(half) for half in images.chunk(2)])  # to look at
+    loss = sum(
+        F.nll_loss(replica(half), of_half) * len(half) / len(images)
+        for half, of_half, replica in zip(
+            images.chunk(2), labels.chunk(2), (model.train(), weights_shared(model)), strict=True
+        )
+    )
+    return outputs, torch.autograd.grad(loss, list(model.parameters()))
+
+
+def weights_shared(model):
+    copied = copy.deepcopy(model)
+    for (name, _), weight in zip(list(copied.named_parameters()), model.parameters(), strict=True):
+        owner, _, leaf = name.rpartition(".")
+        setattr(copied.get_submodule(owner), leaf, weight)
+    return copied
+
+
+@pytest.mark.parametrize("count", [16, 7])
+def test_shards_in_threads_give_what_shards_one_after_the_other_give(count, batches):
+    images, labels = next(iter(batches))
+    images, labels = images[:count].double(), labels[:count]
+    set_seed(0)
+    model = Net().double()  # in float32 another layout rounds otherwise, and a ReLU near zero turns over
+    expected, gradients = shards_alone(copy.deepcopy(model), images, labels)
+    parallel = CPUParallel(model, dtype=torch.float32)
+    output = parallel.train()(images)
+    F.nll_loss(output, labels).backward()
+    torch.testing.assert_close(output, expected)
+    for weight, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_shards_keep_the_statistics_of_the_first(batches):
+    images, _ = next(iter(batches))
+    model = Net()
+    alone = copy.deepcopy(model).train()
+    parallel = CPUParallel(model, dtype=torch.float32)
+    parallel.train()(images)
+    alone(images[:8])
+    for buffer, expected in zip(model.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(buffer, expected)
+
+
+def test_shards_have_no_weights_of_their_own(batches):
+    model = Net()
+    parallel = CPUParallel(model, shards=3)
+    assert [id(p) for p in parallel.parameters()] == [id(p) for p in model.parameters()]
+    assert [id(b) for b in parallel.buffers()] == [id(b) for b in model.buffers()]
+    optimizer, scheduler, averaged = Recipe().prepare(model, 5)
+    train(parallel, "cpu", batches, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
+    assert all(replica.training for replica in parallel.replicas) and model.training
+    assert test(parallel, "cpu", batches, F.nll_loss) == test(model, "cpu", batches, F.nll_loss)
+    assert not any(replica.training for replica in parallel.replicas)
+
+
+def test_a_batch_with_fewer_images_than_shards(batches):
+    images, labels = next(iter(batches))
+    parallel = CPUParallel(Net(), shards=4)
+    for count in (1, 2, 5):
+        output = parallel.train()(images[:count])
+        assert output.shape == (count, 10) and output.dtype == torch.float32
+        F.nll_loss(output, labels[:count]).backward()
+
+
+def test_frozen_and_unused_weights_have_no_gradient_from_shards(batches):
+    images, labels = next(iter(batches))
+    model = Net()
+    model.layers[0][0].requires_grad_(False)
+    model.unused = nn.Linear(2, 2)
+    F.nll_loss(CPUParallel(model).train()(images), labels).backward()
+    assert model.layers[0][0].weight.grad is None
+    assert not model.unused.weight.grad.any()
+    assert model.layers[1][0].weight.grad.any()
+
+
+def test_an_error_in_a_shard_is_raised_as_it_is(batches):
+    images, _ = next(iter(batches))
+    with pytest.raises(ValueError, match=r"expects images of shape \(B, 1, 28, 28\)"):
+        CPUParallel(Net()).train()(images[:, :, :27])
 
 
 # ----------------------------------------------------------------------------------------------------------- errors

@@ -1,0 +1,72 @@
+"""The speed study runs, and the README says what its stored results say. Nothing here is timed."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "studies"))
+import speed
+
+RESULTS = ROOT / "studies" / "results"
+PARTS = {"machine", "least", "workers", "epoch", "growth"}
+PARTS |= {"process: seconds", "process: start", "process: faults", "process: memory"}
+
+
+def quick(folder, *options):
+    command = [sys.executable, ROOT / "studies" / "speed.py", "--quick", "--results", folder, *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def results(mnist, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    done = quick(folder)
+    assert not done.returncode, done.stderr
+    return folder, done.stdout
+
+
+def test_quick_writes_every_part_and_column(results):
+    folder, said = results
+    with open(folder / "speed.csv", newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    assert tuple(reader.fieldnames) == speed.COLUMNS and all(all(row.values()) for row in rows)
+    assert {row["part"] for row in rows} == PARTS
+    for row in rows:
+        low, value, high = (float(row[key]) for key in ("low", "value", "high"))
+        assert 0 <= low <= value <= high and (value > 0 or row["part"] == "process: faults"), row
+    assert {"A", "B", "C"} < {row["name"] for row in rows if row["part"] == "epoch"}
+    assert said.count("| B / A") == 3 and (folder / "speed.png").stat().st_size > 10_000
+
+
+def test_seeds_that_are_there_are_not_run_again(results):
+    folder, _ = results
+    rows = speed.read(folder / "goal.csv")
+    assert tuple(rows[0]) == speed.GOAL_COLUMNS and [row["seed"] for row in rows] == ["1", "2"]
+    speed.write(folder / "goal.csv", speed.GOAL_COLUMNS, rows[1:])
+    assert not quick(folder, "--goal").returncode
+    again = speed.read(folder / "goal.csv")
+    assert [row["seed"] for row in again] == ["2", "1"] and again[0] == rows[1]
+    assert again[1]["accuracy"] == rows[0]["accuracy"], "the same seed gives the same run"
+
+
+def test_a_failing_part_says_why(capsys):
+    with pytest.raises(RuntimeError, match="KeyError: 'no such lever'"):
+        speed.spawn("--child", "no such lever")
+
+
+def test_work_of_the_network():
+    """By hand: 1,632,410 multiply-accumulates forward, 48,672 of them in the first convolution; 23,422 outputs."""
+    forward = 26 * 26 * 9 * 8 + 24 * 24 * 72 * 12 + 22 * 22 * 108 * 16 + 121 * 16 * 8 + 81 * 72 * 12 + 49 * 108 * 16
+    forward += 25 * 144 * 16 + 9 * 144 * 16 + 9 * 16 * 10
+    assert speed.work(speed.Net()) == (3 * forward - 48_672, 5 * 23_422)
+
+
+def test_readme_shows_the_tables_of_the_stored_results():
+    readme = (ROOT / "README.md").read_text()
+    for table in speed.tables(speed.read(RESULTS / "speed.csv"), speed.read(RESULTS / "goal.csv")):
+        assert table in readme, f"README.md lacks:\n{table}"
+    assert "(studies/results/speed.png)" in readme
