@@ -142,15 +142,20 @@ class CPUParallel(nn.Module):
     """Train `model` on CPU cores as `nn.DataParallel` does on GPUs: each thread takes its shard of every batch.
 
     Left alone, torch splits every operation between its threads and waits for all of them; those of a network as small
-    as this are too short for that to pay. Where the processor can multiply bfloat16, so do the shards, by autocast.
+    as this are too short for that to pay.
 
-    It has no weights of its own: optimizer, average and files remain those of `model`, and in evaluation mode it is
-    `model`. BatchNorm normalises each shard by the shard's own statistics ("ghost batches": Hoffer, Hubara and Soudry,
+    It has no weights of its own: give `train` this, and `Recipe.prepare` the model. In evaluation mode it is the model.
+    BatchNorm normalises each shard by the shard's own statistics ("ghost batches": Hoffer, Hubara and Soudry,
     2017) and keeps those of the first. Dropout draws from one generator in whichever thread comes first, so that the
     same seed no longer gives the same run; without dropout it does.
 
     Making one turns `model` to channels_last in place, and leaves the rest of the process one thread: torch's waiting
     threads would keep the cores busy.
+
+    Args:
+        model: on the CPU.
+        shards: parts of a batch, and threads. The recipe is tuned for two, whatever the number of cores.
+        dtype: in which autocast multiplies; None is bfloat16 where the processor has instructions for it, or float32.
     """
 
     def __init__(self, model, shards=2, dtype=None):
@@ -180,7 +185,7 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parallel, images, *weights):
         def run(replica, shard):
-            with torch.autocast("cpu", torch.bfloat16, enabled=parallel.dtype == torch.bfloat16):
+            with torch.autocast("cpu", parallel.dtype, enabled=parallel.dtype != torch.float32):
                 return replica(shard)
 
         ctx.map, ctx.weights = parallel.pool.map, weights
