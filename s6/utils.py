@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.ticker import LogLocator
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -121,19 +122,20 @@ def get_device():
 
 def describe(device):
     """Return what to tell with a result: a GPU's name, or the CPU's and the type that `CPUParallel` multiplies in."""
+    device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
     cpu = torch.cpu.get_capabilities()
-    return f"{cpu.get('cpu_name') or platform.machine()}, {os.cpu_count()} cores, {str(_cpu_dtype())[6:]}"
+    return f"{cpu.get('cpu_name') or platform.machine()}, {os.cpu_count()} CPUs, {str(cpu_dtype())[6:]}"
 
 
 # ----------------------------------------------------------------------------------------------------------- speed
 
 
-def _cpu_dtype():
-    """Return bfloat16 where the processor has instructions for its products, else float32: emulating it is slow."""
+def cpu_dtype():
+    """Return bfloat16 where the processor has instructions for its products, else float32: emulated it is slow."""
     cpu = torch.cpu.get_capabilities()
     return torch.bfloat16 if any(cpu.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else torch.float32
 
@@ -144,29 +146,31 @@ class CPUParallel(nn.Module):
     Left alone, torch splits every operation between its threads and waits for all of them; those of a network as small
     as this are too short for that to pay.
 
-    It has no weights of its own: give `train` this, and `Recipe.prepare` the model. In evaluation mode it is the model.
-    BatchNorm normalises each shard by the shard's own statistics ("ghost batches": Hoffer, Hubara and Soudry,
-    2017) and keeps those of the first. Dropout draws from one generator in whichever thread comes first, so that the
-    same seed no longer gives the same run; without dropout it does.
+    It has no weights of its own: give this to `train`, but the model to `Recipe.prepare` or a copy or file,
+    and move or convert the model before. In evaluation mode it is the model. BatchNorm normalises each shard by the
+    shard's own statistics ("ghost batches": Hoffer, Hubara and Soudry, 2017) and keeps those of the first. Dropout
+    draws from one generator in whichever thread comes first: with it a seed no longer gives the same run.
 
-    Making one turns `model` to channels_last in place, and leaves the rest of the process one thread: torch's waiting
-    threads would keep the cores busy.
+    Making one turns `model` to channels_last in place, and sets torch's number of threads to 1 for the whole process:
+    more would keep the cores busy with waiting. `torch.set_num_threads` gives them back.
 
     Args:
-        model: on the CPU.
+        model: on the CPU, otherwise ValueError.
         shards: parts of a batch, and threads. The recipe is tuned for two, whatever the number of cores.
-        dtype: in which autocast multiplies; None is bfloat16 where the processor has instructions for it, or float32.
+        dtype: autocast's; float32 is none of it. None is bfloat16 where the processor has instructions for it.
     """
 
     def __init__(self, model, shards=2, dtype=None):
         super().__init__()
+        if any(p.device.type != "cpu" for p in model.parameters()):
+            raise ValueError("CPUParallel takes a model on the CPU; on a GPU train the model itself")
         self.model = model.to(memory_format=torch.channels_last)
         weights = list(model.parameters())
         # Copies that share the weights and have their own BatchNorm statistics; a tuple, or they would be registered.
         self.replicas = (model, *(copy.deepcopy(model, {id(p): p for p in weights}) for _ in range(shards - 1)))
         self.pool = ThreadPoolExecutor(shards, initializer=torch.set_num_threads, initargs=(1,))
         torch.set_num_threads(1)
-        self.dtype = dtype or _cpu_dtype()
+        self.dtype = dtype or cpu_dtype()
 
     def train(self, mode=True):
         for replica in self.replicas:
@@ -180,19 +184,23 @@ class CPUParallel(nn.Module):
 
 
 class _Sharded(torch.autograd.Function):
-    """Forward and backward of the shards, each in its thread; the gradients are added in the order of the shards."""
+    """Forward and backward of the shards, each in its thread; the gradients are added in the order of the shards.
+
+    The images have no gradient. Autocast's cache is off: it would share the cast weights between the threads.
+    """
 
     @staticmethod
     def forward(ctx, parallel, images, *weights):
         def run(replica, shard):
-            with torch.autocast("cpu", parallel.dtype, enabled=parallel.dtype != torch.float32):
+            with torch.autocast("cpu", parallel.dtype, parallel.dtype != torch.float32, cache_enabled=False):
                 return replica(shard)
 
         ctx.map, ctx.weights = parallel.pool.map, weights
         ctx.outputs = list(ctx.map(run, parallel.replicas, images.chunk(len(parallel.replicas))))
-        return torch.cat([output.detach() for output in ctx.outputs])
+        return torch.cat(ctx.outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         def run(output, shard):
             return torch.autograd.grad(output, ctx.weights, shard, allow_unused=True, materialize_grads=True)

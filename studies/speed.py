@@ -12,8 +12,8 @@ Contenders, one epoch each in turn, A B C A B C ..., the median of several round
 - C, the floor: forward, backward and step of B on one batch that stays, no data work, no figures, no average.
 
 The least time on paper: to train on one image, a convolution does its multiply-accumulates three times (forward, for
-the gradient of the weights, and for that of its input, which the first one is spared): 4.9 million. Divided by the
-rate of a large matrix product, measured here, in the type that we compute in. Memory: each convolution's output is
+the gradient of the weights, and for that of its input, which the first one is spared): 4.85 million. Divided by
+the rate of a large matrix product, measured here, in the type that we compute in. Memory: each convolution's output is
 written and read once forward and read once backward, its gradient written and read once: five passes, divided by the
 bandwidth of a large copy, measured here. The two can overlap, so the larger one is the bound.
 
@@ -40,19 +40,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import torchvision  # noqa: E402
-from torch.utils.data import DataLoader, Subset  # noqa: E402
-from torchvision import transforms  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from tqdm import tqdm
 
-from s6.model import Net  # noqa: E402
-from s6.utils import MEAN, STD, CPUParallel, Recipe, describe, get_device, mnist_loaders, set_seed, test, train  # noqa: E402
+from s6.model import Net
+from s6.utils import (
+    MEAN,
+    STD,
+    CPUParallel,
+    Recipe,
+    cpu_dtype,
+    describe,
+    get_device,
+    mnist_loaders,
+    set_seed,
+    test,
+    train,
+)
 
 DATA, RESULTS = ROOT / "data", ROOT / "studies" / "results"
 COLUMNS = ("part", "name", "value", "low", "high", "n", "unit", "device", "python", "torch", "torchvision", "commit")
-GOAL_COLUMNS = ("seed", "epochs", "accuracy", "seconds", *COLUMNS[-5:])
+GOAL_COLUMNS = ("recipe", "seed", "accuracy", "seconds", *COLUMNS[-5:])
 THREADS = torch.get_num_threads()
 COURSE_BATCH, COURSE_EPOCHS = 512, 20
 
@@ -127,7 +139,7 @@ def ours(images, device, batch_size=Recipe.batch_size, average=True, augment=Tru
             for _ in range(steps or len(loader)):
                 step(fast, optimizer, *batch)
             return
-        with open(os.devnull, "w") as nowhere:  # the bar is drawn as in the notebook, and not shown
+        with open(os.devnull, "w") as nowhere:  # the bar is drawn, and not shown
             options = {"scheduler": scheduler, "averaged": averaged if average else None, "file": nowhere}
             train(fast, device, islice(loader, steps), optimizer, F.nll_loss, **options)
 
@@ -152,7 +164,9 @@ def keep_memory():
     libc.mallopt(-3, 32 << 20), libc.mallopt(-1, (1 << 31) - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
-LEVERS = {  # name: options of `lever`, below; batches of the recipe's size, torch's own threads, float32 where not said
+# Name: options of `lever`, below. Where nothing is said: batches of the recipe's size, torch's own threads, float32;
+# for CPUParallel its own type, bfloat16 where the processor has it.
+LEVERS = {
     "as torch comes": {},
     "dropout 0.005": {"dropout": 0.005},
     "batches of 125": {"batch_size": 125},
@@ -178,10 +192,10 @@ LEVERS = {  # name: options of `lever`, below; batches of the recipe's size, tor
 
 
 def lever(
-    images, device, batch_size=Recipe.batch_size, dropout=0.0, frozen=False, keep=False, channels_last=False,
+    device, batch_size=Recipe.batch_size, dropout=0.0, frozen=False, keep=False, channels_last=False,
     bfloat16=None, compile=None, parallel=False, **sgd,
 ):  # fmt: skip
-    """Return a function that does an epoch's steps on one batch."""
+    """Return a function that does so many steps on one batch."""
     if keep:
         keep_memory()
     generator = torch.Generator().manual_seed(1)
@@ -204,11 +218,11 @@ def lever(
         fast = torch.compile(fast, **compile)
     fast.train()
 
-    def epoch(steps=None):
-        for _ in range(steps or max(1, images // batch_size)):
+    def steps(count):
+        for _ in range(count):
             step(fast, optimizer, *batch)
 
-    return epoch
+    return steps
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
@@ -234,15 +248,16 @@ def child(name, images, workers):
     elif name == "B":
         epoch, batch_size = ours(images, device), Recipe.batch_size
     else:
-        epoch, batch_size = lever(images, device, **LEVERS[name]), LEVERS[name].get("batch_size", Recipe.batch_size)
+        epoch, batch_size = lever(device, **LEVERS[name]), LEVERS[name].get("batch_size", Recipe.batch_size)
     timed(epoch, device, 1)
-    first = time.time()
+    finished = time.time()
     timed(epoch, device, 3)
     steps = math.ceil(images / batch_size)
+    done = images if name in ("A", "B") else steps * batch_size  # the last batch of a loader may be smaller
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     seconds = statistics.median(timed(epoch, device, steps) for _ in range(3))
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (3 * steps)
-    figures = {"first": first, "seconds": seconds * 60_000 / (steps * batch_size), "faults": faults}
+    figures = {"finished": finished, "seconds": seconds * 60_000 / done, "faults": faults}
     print(json.dumps(figures | {"memory": peak_memory(device) / 2**20}))
 
 
@@ -266,7 +281,7 @@ def spawn(*arguments):
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
     figures = json.loads(done.stdout.splitlines()[-1])
-    return figures | {"start": figures["first"] - start}
+    return figures | {"wait": figures["finished"] - start}
 
 
 def machine_rates(device, size, copied):
@@ -305,15 +320,17 @@ def about(device):
     return describe(device), platform.python_version(), torch.__version__, torchvision.__version__, commit
 
 
-def measure(images, rounds, levers):
-    """Return the rows of the study."""
+def measure(path, images, rounds, levers):
+    """Write the rows of the study to `path`, each as soon as it is known."""
     device = get_device()
-    rows, suffix = [], about(device)
+    write(path, COLUMNS, [])
+    suffix = about(device)
 
     def row(part, name, values, unit):
         values = [values] if isinstance(values, float) else values
         figures = (f"{value:.4g}" for value in (statistics.median(values), min(values), max(values)))
-        rows.append(dict(zip(COLUMNS, (part, name, *figures, len(values), unit, *suffix), strict=True)))
+        values = (part, name, *figures, len(values), unit, *suffix)
+        write(path, COLUMNS, [dict(zip(COLUMNS, values, strict=True))], append=True)
 
     scale = 60_000 / images
     steps_of = {"15,000 images": images // 4, "30,000 images": images // 2, "60,000 images": images}
@@ -330,7 +347,7 @@ def measure(images, rounds, levers):
         rates, bandwidth = machine_rates(
             device, 2048 if images == 60_000 else 256, 2**28 if images == 60_000 else 2**22
         )
-        half = device.type == "cpu" and CPUParallel(Net()).dtype == torch.bfloat16
+        half = device.type == "cpu" and cpu_dtype() == torch.bfloat16
         macs, values = work(Net())
         for dtype, rate in rates.items():
             row("machine", f"matrix product, {str(dtype)[6:]}", rate / 1e9, "GMAC/s")
@@ -341,7 +358,7 @@ def measure(images, rounds, levers):
         workers = {}
         for count in (0, 1, 2, 4):
             epoch = course(images // 4, count, device)
-            epoch(2)  # starts the workers
+            epoch()  # starts the workers; a pass broken off would leave them batches in hand
             workers[count] = run(f"A, {count} workers", epoch)
             row("workers", str(count), 4 * scale * workers[count], "s")
         best = min(workers, key=workers.get)
@@ -367,18 +384,22 @@ def measure(images, rounds, levers):
                     seconds[name].append(scale * run(name, epoch))
             for name, values in seconds.items():
                 row(part, name, values, "s")
-        del contenders, growth
 
         figures = {name: [] for name in ("A", "B", *levers)}
         for _ in range(min(rounds, 3)):
-            for name in figures:
+            for name in list(figures):
                 bar.set_description(name[:30].ljust(30))
-                figures[name].append(spawn("--child", name, "--images", images // 10, "--workers", best))
+                try:
+                    figures[name].append(spawn("--child", name, "--images", images // 10, "--workers", best))
+                except RuntimeError as error:  # no compiler, say, or no glibc
+                    if name in ("A", "B"):
+                        raise
+                    bar.write(f"left out: {str(error).splitlines()[-1]}")
+                    del figures[name]
                 bar.update()
         for name, of_rounds in figures.items():
-            for part, unit in (("seconds", "s"), ("start", "s"), ("faults", "pages a step"), ("memory", "MiB")):
+            for part, unit in (("seconds", "s"), ("wait", "s"), ("faults", "pages a step"), ("memory", "MiB")):
                 row(f"process: {part}", name, [figure[part] for figure in of_rounds], unit)
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------------ time to 99.4 %
@@ -398,15 +419,15 @@ def goal_child(seed, images):
     for _ in range(SHORT.epochs):
         train(fast, device, loader, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged, disable=True)
     _, accuracy = test(averaged, device, test_loader, F.nll_loss)
-    print(json.dumps({"first": time.time(), "accuracy": accuracy[-1]}))
+    print(json.dumps({"finished": time.time(), "accuracy": accuracy[-1]}))
 
 
 def measure_goal(path, seeds, images):
     """Append a row for each seed that `path` does not have yet."""
-    done = {int(row["seed"]) for row in read(path)} if path.exists() else set()
+    done = {int(row["seed"]) for row in read(path) if row["recipe"] == str(SHORT)} if path.exists() else set()
     for seed in tqdm([seed for seed in seeds if seed not in done], unit="seed", file=sys.stdout):
         figures = spawn("--child", "goal", "--seed", seed, "--images", images)
-        values = (seed, SHORT.epochs, f"{figures['accuracy']:.2f}", f"{figures['start']:.1f}", *about(get_device()))
+        values = (SHORT, seed, f"{figures['accuracy']:.2f}", f"{figures['wait']:.1f}", *about(get_device()))
         write(path, GOAL_COLUMNS, [dict(zip(GOAL_COLUMNS, values, strict=True))], append=path.exists())
 
 
@@ -427,16 +448,20 @@ def write(path, columns, rows, append=False):
 
 
 def tables(rows, goal):
-    """Return the tables of README.md: contenders, what the ratios are, levers, time to 99.4 %."""
+    """Yield the tables of README.md: contenders; ratios, and the short schedule; levers."""
     of = {(row["part"], row["name"]): float(row["value"]) for row in rows}
     a, b, c = (of["epoch", name] for name in "ABC")
     lines = ["| one epoch, 60,000 images | seconds | images a second | times A |", "|---|---|---|---|"]
-    for part, name in sorted(key for key in of if key[0] in ("epoch", "least")):
+    for part, name in sorted(key for key in of if key[0] in ("epoch", "least")):  # A, B, C, then the least
         label = f"least time, {name}" if part == "least" else name
         lines.append(f"| {label} | {of[part, name]:.1f} | {60_000 / of[part, name]:,.0f} | {of[part, name] / a:.3f} |")
-    first = [of["process: start", name] for name in "AB"]
+    first = [of["process: wait", name] for name in "AB"]
     memory = [of["process: memory", name] for name in "AB"]
     yield "\n".join(lines)
+
+    def grown(name, *sizes):
+        return ", ".join(f"{of['growth', name.format(f'{size:,}')]:.1f}" for size in sizes) + " s"
+
     plain = of["epoch", "A, no dropout"]
     lines = ["| | measured |", "|---|---|"]
     lines += [
@@ -445,17 +470,21 @@ def tables(rows, goal):
         f"| B / A without dropout, both in batches of 512 | 1 / {plain / of['epoch', 'B, batches of 512']:.1f} |",
         f"| B / C | {b / c:.2f} |",
         f"| outside forward, backward and step | {100 * (1 - c / b):.0f} % |",
+        f"| an epoch of 15,000, 30,000 and 60,000 images | {grown('{} images', 15_000, 30_000, 60_000)} |",
+        f"| an epoch in batches of 125, 250, 500 and 1,000 | {grown('batches of {}', 125, 250, 500, 1000)} |",
         f"| from the command to the first step over, A and B | {first[0]:.1f} s, {first[1]:.1f} s |",
-        f"| peak memory, A and B | {memory[0]:,.0f} MiB, {memory[1]:,.0f} MiB |",
+        f"| peak memory, A (without its workers) and B | {memory[0]:,.0f} MiB, {memory[1]:,.0f} MiB |",
     ]
+    goal = [row for row in goal if row["recipe"] == str(SHORT)]
     seconds, accuracies = ([float(row[key]) for row in goal] for key in ("seconds", "accuracy"))
+    spread = f" ± {statistics.stdev(accuracies):.2f}" if len(goal) > 1 else ""
     middle = statistics.median(seconds)
     lines += [
-        f"| from the command to the end of {goal[0]['epochs']} epochs, tested | {middle:.1f} s |",
-        f"| the same / {COURSE_EPOCHS} epochs of A | 1 / {COURSE_EPOCHS * a / middle:.0f} |",
-        f"| the same / {COURSE_EPOCHS} epochs of A without dropout | 1 / {COURSE_EPOCHS * plain / middle:.0f} |",
-        f"| its accuracy, mean ± sd of {len(goal)} seeds, and the lowest | {statistics.mean(accuracies):.2f} ± "
-        f"{statistics.stdev(accuracies):.2f} %, {min(accuracies):.2f} % |",
+        f"| short schedule, from the command to the end of {SHORT.epochs} epochs, tested | {middle:.1f} s |",
+        f"| short schedule / {COURSE_EPOCHS} epochs of A | 1 / {COURSE_EPOCHS * a / middle:.0f} |",
+        f"| short schedule / {COURSE_EPOCHS} epochs of A without dropout | 1 / {COURSE_EPOCHS * plain / middle:.0f} |",
+        f"| short schedule, accuracy of {len(goal)} seeds | {statistics.mean(accuracies):.2f}{spread} %, "
+        f"lowest {min(accuracies):.2f} % |",
     ]
     yield "\n".join(lines)
     lines = ["| one batch, again and again | seconds for 60,000 | first step after | pages faulted a step |"]
@@ -463,7 +492,7 @@ def tables(rows, goal):
     for name in LEVERS:
         if ("process: seconds", name) not in of:
             continue  # a quick run measures one
-        values = [of[f"process: {part}", name] for part in ("seconds", "start", "faults")]
+        values = [of[f"process: {part}", name] for part in ("seconds", "wait", "faults")]
         lines.append("| {} | {:.1f} | {:.0f} s | {:,.0f} |".format(name, *values))
     yield "\n".join(lines)
 
@@ -476,11 +505,11 @@ def plot(rows, path):
     parts = (("epoch", "least"), ("process: seconds",))
     titles = ("One epoch of training, 60,000 images", "The step alone, for 60,000 images")
     for axes, wanted, title in zip(panels, parts, titles, strict=True):
-        shown = [row for row in rows if row["part"] in wanted and not (wanted != parts[0] and row["name"] in "AB")]
+        shown = [row for row in rows if row["part"] in wanted and (row["part"] in parts[0] or row["name"] in LEVERS)]
         for place, row in enumerate(shown):
             value, low, high = (float(row[key]) for key in ("value", "low", "high"))
-            color = {"A": "tab:gray", "B": "tab:blue", "C": "tab:green"}.get(row["name"][0], "tab:green")
-            color = color if wanted == parts[0] else "tab:blue" if "CPUParallel" in row["name"] else "tab:gray"
+            least = row["part"] == "least" or row["name"][0] == "C" and row["part"] == "epoch"
+            color = "tab:green" if least else "tab:blue" if row["name"].startswith(("B", "CPUParallel")) else "tab:gray"
             axes.barh(place, value, color=color, xerr=[[value - low], [high - value]], ecolor="black", capsize=2)
             axes.text(high, place, f"  {value:.1f}", va="center", fontsize=8)
         names = [("least time on paper, " if row["part"] == "least" else "") + row["name"] for row in shown]
@@ -494,10 +523,10 @@ def plot(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few images and levers, one round")
+    parser.add_argument("--quick", action="store_true", help="few images, one lever, one round; results in build/quick")
     parser.add_argument("--goal", action="store_true", help="time to 99.4 %%")
     parser.add_argument("--tables", action="store_true", help="print the tables of the stored results")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the CSV files and the picture")
+    parser.add_argument("--results", type=Path, help="folder for the CSV files and the picture")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     for name, default in (("--images", 60_000), ("--workers", 0), ("--seed", 1)):
         parser.add_argument(name, type=int, default=default, help=argparse.SUPPRESS)
@@ -506,17 +535,19 @@ def main():
         return goal_child(options.seed, options.images)
     if options.child:
         return child(options.child, options.images, options.workers)
-    options.results.mkdir(parents=True, exist_ok=True)
-    speed, goal = options.results / "speed.csv", options.results / "goal.csv"
+    folder = options.results or (ROOT / "build" / "quick" if options.quick else RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    speed, goal = folder / "speed.csv", folder / "goal.csv"
     images, levers, seeds = (2000, list(LEVERS)[:1], (1, 2)) if options.quick else (60_000, list(LEVERS), range(1, 11))
     if not (options.goal or options.tables):
-        rows = measure(images, 1 if options.quick else 5, levers)
-        write(speed, COLUMNS, rows)
-        plot(rows, options.results / "speed.png")
+        measure(speed, images, 1 if options.quick else 5, levers)
+        plot(read(speed), folder / "speed.png")
     if options.goal or options.quick:
         measure_goal(goal, seeds, images)
     if speed.exists() and goal.exists():
         print(*tables(read(speed), read(goal)), sep="\n\n")
+    else:
+        print(f"The tables need both {speed}, made without --goal, and {goal}, made with it.")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 
 import nbformat
 import pytest
+import torch
 from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -71,7 +72,7 @@ def test_readme_shows_the_curves_of_the_stored_run():
 def test_readme_s_example_runs(batches, monkeypatch, capsys):
     code = re.search("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.setattr("s6.utils.mnist_loaders", lambda *args, **options: (batches, batches))
-    monkeypatch.setattr("s6.utils.get_device", lambda: "cpu")
+    monkeypatch.setattr("s6.utils.get_device", lambda: torch.device("cpu"))
     exec(code.replace("Recipe()", "Recipe(epochs=2)"), {})
     assert len(re.findall(r"^\d+\.\d\d %$", capsys.readouterr().out, re.MULTILINE)) == 2
 
