@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import ctypes
 import hashlib
 import io
 import math
@@ -140,6 +141,14 @@ def cpu_dtype():
     return torch.bfloat16 if any(cpu.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else torch.float32
 
 
+def _keep_freed_memory():
+    """Have glibc keep what torch frees: handed back, it is mapped anew in every step, page by page."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
 class CPUParallel(nn.Module):
     """Train `model` on CPU cores as `nn.DataParallel` does on GPUs: each thread takes its shard of every batch.
 
@@ -151,8 +160,8 @@ class CPUParallel(nn.Module):
     shard's own statistics ("ghost batches": Hoffer, Hubara and Soudry, 2017) and keeps those of the first. Dropout
     draws from one generator in whichever thread comes first: with it a seed no longer gives the same run.
 
-    Making one turns `model` to channels_last in place, and sets torch's number of threads to 1 for the whole process:
-    more would keep the cores busy with waiting. `torch.set_num_threads` gives them back.
+    Making one turns `model` to channels_last in place. For the whole process it sets torch's number of threads to 1, as
+    more would keep the cores busy with waiting (`torch.set_num_threads` gives them back), and keeps freed memory.
 
     Args:
         model: on the CPU, otherwise ValueError.
@@ -170,6 +179,7 @@ class CPUParallel(nn.Module):
         self.replicas = (model, *(copy.deepcopy(model, {id(p): p for p in weights}) for _ in range(shards - 1)))
         self.pool = ThreadPoolExecutor(shards, initializer=torch.set_num_threads, initargs=(1,))
         torch.set_num_threads(1)
+        _keep_freed_memory()
         self.dtype = dtype or cpu_dtype()
 
     def train(self, mode=True):

@@ -1,10 +1,11 @@
 """How fast is the training, against the ordinary way and against what the machine allows?
 
-    .venv/bin/python studies/speed.py            # half an hour on two cores; writes results/speed.csv, .png
+    .venv/bin/python studies/speed.py            # half an hour on two cores, resumes; writes results/speed.csv, .png
     .venv/bin/python studies/speed.py --goal     # time to 99.4 %, a row a seed, resumes; writes results/goal.csv
     .venv/bin/python studies/speed.py --quick    # a minute, few images: does it run? The figures mean nothing
 
-Contenders, one epoch each in turn, A B C A B C ..., the median of several rounds:
+Contenders, one epoch each in turn, A B C A B C ..., the median of three rounds. `CPUParallel`, in B and C, has the whole
+process keep freed memory; A gains by that too, and is measured once more in a process of its own.
 
 - A, the ordinary way: the course's image-by-image transforms in a DataLoader at its best number of workers, batches of
   512, and two `.item()` a step. With the course's dropout of 0.005, and without.
@@ -47,6 +48,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from tqdm import tqdm
 
+from s6 import utils
 from s6.model import Net
 from s6.utils import (
     MEAN,
@@ -156,14 +158,6 @@ def step(model, optimizer, images, labels):
 # ------------------------------------------------------------------------------------------------------------ levers
 
 
-def keep_memory():
-    """Tell glibc not to give freed memory back: torch asks for it again in the next step, page by page."""
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 32 << 20), libc.mallopt(-1, (1 << 31) - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-
-
 # Name: options of `lever`, below. Where nothing is said: batches of the recipe's size, torch's own threads, float32;
 # for CPUParallel its own type, bfloat16 where the processor has it.
 LEVERS = {
@@ -187,17 +181,19 @@ LEVERS = {
     "CPUParallel": {"parallel": True},
     "CPUParallel, batches of 125": {"parallel": True, "batch_size": 125},
     "CPUParallel, batches of 512": {"parallel": True, "batch_size": 512},
-    "CPUParallel, freed memory kept": {"parallel": True, "keep": True},
+    "CPUParallel, freed memory given back": {"parallel": True, "keep": False},
 }
 
 
 def lever(
-    device, batch_size=Recipe.batch_size, dropout=0.0, frozen=False, keep=False, channels_last=False,
+    device, batch_size=Recipe.batch_size, dropout=0.0, frozen=False, keep=None, channels_last=False,
     bfloat16=None, compile=None, parallel=False, **sgd,
 ):  # fmt: skip
     """Return a function that does so many steps on one batch."""
     if keep:
-        keep_memory()
+        utils._keep_freed_memory()
+    elif keep is False:
+        utils._keep_freed_memory = lambda: None  # in this process, which is only for this lever
     generator = torch.Generator().manual_seed(1)
     batch = torch.randn(batch_size, 1, 28, 28, generator=generator), torch.randint(10, (batch_size,))
     batch = [tensor.to(device) for tensor in batch]
@@ -321,9 +317,11 @@ def about(device):
 
 
 def measure(path, images, rounds, levers):
-    """Write the rows of the study to `path`, each as soon as it is known."""
+    """Append the rows of the study to `path`, as soon as each is known; those that are there are not measured again."""
     device = get_device()
-    write(path, COLUMNS, [])
+    if not path.exists():
+        write(path, COLUMNS, [])
+    there = {(row["part"], row["name"]) for row in read(path)}
     suffix = about(device)
 
     def row(part, name, values, unit):
@@ -335,8 +333,7 @@ def measure(path, images, rounds, levers):
     scale = 60_000 / images
     steps_of = {"15,000 images": images // 4, "30,000 images": images // 2, "60,000 images": images}
     batches = (125, 250, 500, 1000)
-    todo = 4 + (8 + len(steps_of) + len(batches)) * rounds + (2 + len(levers)) * min(rounds, 3)
-    with tqdm(total=todo, unit="run", file=sys.stdout) as bar:
+    with tqdm(unit="run", file=sys.stdout) as bar:
 
         def run(name, epoch):
             bar.set_description(name[:30].ljust(30))
@@ -344,28 +341,28 @@ def measure(path, images, rounds, levers):
             bar.update()
             return seconds
 
-        rates, bandwidth = machine_rates(
-            device, 2048 if images == 60_000 else 256, 2**28 if images == 60_000 else 2**22
-        )
-        half = device.type == "cpu" and cpu_dtype() == torch.bfloat16
-        macs, values = work(Net())
-        for dtype, rate in rates.items():
-            row("machine", f"matrix product, {str(dtype)[6:]}", rate / 1e9, "GMAC/s")
-        row("machine", "copy", bandwidth / 1e9, "GB/s")
-        row("least", "arithmetic", 60_000 * macs / rates[torch.bfloat16 if half else torch.float32], "s")
-        row("least", "memory", 60_000 * values * (2 if half else 4) / bandwidth, "s")
+        if ("machine", "copy") not in there:
+            rates, bandwidth = machine_rates(
+                device, 2048 if images == 60_000 else 256, 2**28 if images == 60_000 else 2**22
+            )
+            half = device.type == "cpu" and cpu_dtype() == torch.bfloat16
+            macs, values = work(Net())
+            for dtype, rate in rates.items():
+                row("machine", f"matrix product, {str(dtype)[6:]}", rate / 1e9, "GMAC/s")
+            row("machine", "copy", bandwidth / 1e9, "GB/s")
+            row("least", "arithmetic", 60_000 * macs / rates[torch.bfloat16 if half else torch.float32], "s")
+            row("least", "memory", 60_000 * values * (2 if half else 4) / bandwidth, "s")
 
-        workers = {}
         for count in (0, 1, 2, 4):
-            epoch = course(images // 4, count, device)
-            epoch()  # starts the workers; a pass broken off would leave them batches in hand
-            workers[count] = run(f"A, {count} workers", epoch)
-            row("workers", str(count), 4 * scale * workers[count], "s")
-        best = min(workers, key=workers.get)
+            if ("workers", str(count)) not in there:
+                epoch = course(images // 4, count, device)
+                epoch()  # starts the workers; a pass broken off would leave them batches in hand
+                row("workers", str(count), 4 * scale * run(f"A, {count} workers", epoch), "s")
+        best = min((row for row in read(path) if row["part"] == "workers"), key=lambda row: float(row["value"]))["name"]
 
         contenders = {
-            "A": course(images, best, device),
-            "A, no dropout": course(images, best, device, dropout=0.0),
+            "A": course(images, int(best), device),
+            "A, no dropout": course(images, int(best), device, dropout=0.0),
             "B": ours(images, device),
             "B, batches of 512": ours(images, device, COURSE_BATCH),
             "B, no average": ours(images, device, average=False),
@@ -376,6 +373,8 @@ def measure(path, images, rounds, levers):
         growth = {name: ours(count, device) for name, count in steps_of.items()}
         growth |= {f"batches of {size:,}": ours(images, device, size) for size in batches}
         for part, group in (("epoch", contenders), ("growth", growth)):
+            if (part, next(iter(group))) in there:
+                continue
             seconds = {name: [] for name in group}
             for epoch in group.values():
                 epoch(2)
@@ -385,8 +384,8 @@ def measure(path, images, rounds, levers):
             for name, values in seconds.items():
                 row(part, name, values, "s")
 
-        figures = {name: [] for name in ("A", "B", *levers)}
-        for _ in range(min(rounds, 3)):
+        figures = {name: [] for name in ("A", "B", *levers) if ("process: seconds", name) not in there}
+        for _ in range(rounds):
             for name in list(figures):
                 bar.set_description(name[:30].ljust(30))
                 try:
@@ -468,6 +467,7 @@ def tables(rows, goal):
         f"| B / A, an epoch | 1 / {a / b:.1f} |",
         f"| B / A without A's dropout | 1 / {plain / b:.1f} |",
         f"| B / A without dropout, both in batches of 512 | 1 / {plain / of['epoch', 'B, batches of 512']:.1f} |",
+        f"| B / A, each in a process of its own | 1 / {of['process: seconds', 'A'] / of['process: seconds', 'B']:.1f} |",
         f"| B / C | {b / c:.2f} |",
         f"| outside forward, backward and step | {100 * (1 - c / b):.0f} % |",
         f"| an epoch of 15,000, 30,000 and 60,000 images | {grown('{} images', 15_000, 30_000, 60_000)} |",
@@ -540,7 +540,9 @@ def main():
     speed, goal = folder / "speed.csv", folder / "goal.csv"
     images, levers, seeds = (2000, list(LEVERS)[:1], (1, 2)) if options.quick else (60_000, list(LEVERS), range(1, 11))
     if not (options.goal or options.tables):
-        measure(speed, images, 1 if options.quick else 5, levers)
+        if options.quick:
+            speed.unlink(missing_ok=True)
+        measure(speed, images, 1 if options.quick else 3, levers)
         plot(read(speed), folder / "speed.png")
     if options.goal or options.quick:
         measure_goal(goal, seeds, images)

@@ -1,5 +1,6 @@
 """The notebook's file, and the ways in: each starts a kernel of its own in a folder of its own."""
 
+import ast
 import base64
 import contextlib
 import json
@@ -14,6 +15,8 @@ import torch
 from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+from s6.utils import Recipe
 
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
@@ -44,6 +47,10 @@ def test_stored_outputs_are_from_one_run_from_top_to_bottom():
     lines = re.findall(r"^epoch +(\d+): .* test loss .* accuracy (\S+) %$", text_of(CODE[TRAINING]), re.MULTILINE)
     assert [int(epoch) for epoch, _ in lines] == list(range(1, 21)) and float(lines[-1][1]) > 99.4
     assert text_of(CODE[-1]) == "Passed: more than 99.4 % at the last epoch, 10,474 parameters, 20 epochs\n"
+
+
+def test_stored_settings_are_the_recipe_s():
+    assert ast.literal_eval(CODE[SETTINGS].outputs[0].data["text/plain"]) == vars(Recipe())
 
 
 def test_each_code_cell_follows_a_sentence_and_is_short():

@@ -1,6 +1,8 @@
 import copy
 import os
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,19 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from s6.model import Net
-from s6.utils import MEAN, STD, CPUParallel, Recipe, TensorLoader, mnist_loaders, predict, set_seed, test, train
+from s6.utils import (
+    MEAN,
+    STD,
+    CPUParallel,
+    Recipe,
+    TensorLoader,
+    describe,
+    mnist_loaders,
+    predict,
+    set_seed,
+    test,
+    train,
+)
 
 
 def sgd(model, lr=0.05):
@@ -269,8 +283,8 @@ def test_the_host_reads_from_the_device_far_less_than_once_a_step(batches, monke
 
 
 def shards_alone(model, images, labels):
-    """Gradients and outputs of two halves, one after the other, each with BatchNorm statistics of its own."""
-    outputs = torch.cat([copy.deepcopy(model).train()(half) for half in images.chunk(2)])  # to look at
+    """Outputs and gradients of two halves, one after the other, each with BatchNorm statistics of its own."""
+    outputs = torch.cat([copy.deepcopy(model).train()(half) for half in images.chunk(2)])
     loss = sum(
         F.nll_loss(replica(half), of_half) * len(half) / len(images)
         for half, of_half, replica in zip(
@@ -301,6 +315,61 @@ def test_shards_in_threads_give_what_shards_one_after_the_other_give(count, batc
     torch.testing.assert_close(output, expected)
     for weight, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_shards_in_bfloat16_are_autocast_s(batches):
+    images, _ = next(iter(batches))
+    set_seed(0)
+    model = Net().to(memory_format=torch.channels_last)
+    copies = [copy.deepcopy(model).train() for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.cat([alone(half) for alone, half in zip(copies, images.chunk(2), strict=True)])
+    output = CPUParallel(model, dtype=torch.bfloat16).train()(images)
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, expected)
+    exact = CPUParallel(model, dtype=torch.float32).train()(images)
+    assert 0 < (output - exact).abs().max() < 0.1
+
+
+def test_each_shard_and_the_rest_have_one_thread():
+    code = (
+        "import torch; from s6.model import Net; from s6.utils import CPUParallel; torch.set_num_threads(2); "
+        "shards = CPUParallel(Net()).pool.map(lambda _: torch.get_num_threads(), range(4)); "
+        "print(list(shards), torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[1, 1, 1, 1] 1\n", "")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "said"),
+    [
+        ({"cpu_name": "Some CPU", "avx512_bf16": True, "amx_bf16": False}, "Some CPU, 3 CPUs, bfloat16"),
+        ({"cpu_name": "Some CPU", "avx512_bf16": False}, "Some CPU, 3 CPUs, float32"),
+        ({"bf16": True}, "riscv, 3 CPUs, bfloat16"),
+        ({}, "riscv, 3 CPUs, float32"),
+    ],
+)
+def test_the_type_is_what_the_processor_can(capabilities, said, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    monkeypatch.setattr("platform.machine", lambda: "riscv")
+    assert describe("cpu") == describe(torch.device("cpu")) == said
+    assert str(CPUParallel(Net()).dtype) == f"torch.{said.split()[-1]}"
+
+
+@pytest.mark.parametrize(("libc", "calls"), [("glibc", [(-3, 2**25), (-1, 2**31 - 1)]), ("musl", []), ("", [])])
+def test_freed_memory_is_kept_where_glibc_is(libc, calls, monkeypatch):
+    made = []
+    monkeypatch.setattr("platform.libc_ver", lambda: (libc, "2.36"))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=lambda *call: made.append(call)))
+    CPUParallel(Net())
+    assert made == calls
+
+
+def test_shards_are_for_the_cpu():
+    with pytest.raises(ValueError, match="takes a model on the CPU"):
+        CPUParallel(Net().to("meta"))
 
 
 def test_shards_keep_the_statistics_of_the_first(batches):
