@@ -511,6 +511,7 @@ def plot(rows, path):
     titles = ("One epoch of training, 60,000 images", "The step alone, for 60,000 images")
     for axes, wanted, title in zip(panels, parts, titles, strict=True):
         shown = [row for row in rows if row["part"] in wanted and (row["part"] in parts[0] or row["name"] in LEVERS)]
+        shown.sort(key=lambda row: list(LEVERS).index(row["name"]) if row["name"] in LEVERS else row["part"] == "least")
         for place, row in enumerate(shown):
             value, low, high = (float(row[key]) for key in ("value", "low", "high"))
             least = row["part"] == "least" or row["name"][0] == "C" and row["part"] == "epoch"
@@ -521,7 +522,7 @@ def plot(rows, path):
         axes.set_yticks(range(len(shown)), names, fontsize=8)
         axes.invert_yaxis()
         axes.set(xlabel="seconds (bar: median; line: lowest to highest)", title=title)
-        axes.margins(x=0.1)
+        axes.set_xlim(right=1.12 * max(float(row["high"]) for row in shown))
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -530,7 +531,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few images, one lever, one round; results in build/quick")
     parser.add_argument("--goal", action="store_true", help="time to 99.4 %%")
-    parser.add_argument("--tables", action="store_true", help="print the tables of the stored results")
+    parser.add_argument("--tables", action="store_true", help="draw and print the stored results")
     parser.add_argument("--results", type=Path, help="folder for the CSV files and the picture")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     for name, default in (("--images", 60_000), ("--workers", 0), ("--seed", 1)):
@@ -548,9 +549,10 @@ def main():
         if options.quick:
             speed.unlink(missing_ok=True)
         measure(speed, images, 1 if options.quick else 3, levers)
-        plot(read(speed), folder / "speed.png")
     if options.goal or options.quick:
         measure_goal(goal, seeds, images)
+    if speed.exists():
+        plot(read(speed), folder / "speed.png")
     if speed.exists() and goal.exists():
         print(*tables(read(speed), read(goal)), sep="\n\n")
     else:
