@@ -182,6 +182,9 @@ class CPUParallel(nn.Module):
         _keep_freed_memory()
         self.dtype = dtype or cpu_dtype()
 
+    def __reduce_ex__(self, protocol):  # the threads cannot be copied, and what they say of it would help nobody
+        raise TypeError("CPUParallel cannot be prepared, copied or saved: do so with the model that it was made of")
+
     def train(self, mode=True):
         for replica in self.replicas:
             replica.train(mode)

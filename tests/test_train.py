@@ -1,5 +1,6 @@
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -365,6 +366,18 @@ def test_freed_memory_is_kept_where_glibc_is(libc, calls, monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=lambda *call: made.append(call)))
     CPUParallel(Net())
     assert made == calls
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps, lambda parallel: Recipe().prepare(parallel, 10)])
+def test_copying_shards_says_what_to_copy(copied):
+    with pytest.raises(TypeError, match="do so with the model that it was made of"):
+        copied(CPUParallel(Net()))
+
+
+@pytest.mark.parametrize("shards", [0, -1])
+def test_no_shards_are_refused(shards):
+    with pytest.raises(ValueError, match="must be greater than 0"):
+        CPUParallel(Net(), shards)
 
 
 def test_shards_are_for_the_cpu():
