@@ -544,7 +544,7 @@ def main():
     folder = options.results or (ROOT / "build" / "quick" if options.quick else RESULTS)
     folder.mkdir(parents=True, exist_ok=True)
     speed, goal = folder / "speed.csv", folder / "goal.csv"
-    images, levers, seeds = (2000, list(LEVERS)[:1], (1, 2)) if options.quick else (60_000, list(LEVERS), range(1, 11))
+    images, levers, seeds = (1000, list(LEVERS)[:1], (1, 2)) if options.quick else (60_000, list(LEVERS), range(1, 11))
     if not (options.goal or options.tables):
         if options.quick:
             speed.unlink(missing_ok=True)
