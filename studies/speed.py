@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -148,6 +149,10 @@ def ours(images, device, batch_size=Recipe.batch_size, average=True, augment=Tru
     return epoch
 
 
+def convolutions(model):
+    return [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
+
+
 def step(model, optimizer, images, labels):
     loss = F.nll_loss(model(images), labels)
     optimizer.zero_grad()
@@ -206,10 +211,9 @@ def lever(
     model = Net(dropout).to(device)
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    for block in list(model.layers)[:9] if frozen else ():
-        for layer in block.children():
-            if isinstance(layer, torch.nn.Conv2d):
-                layer.bias.requires_grad_(False)
+    if frozen:
+        for layer in convolutions(model)[:-1]:  # the last one has no BatchNorm after it
+            layer.bias.requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, **sgd)
     fast = model
     if parallel:
@@ -307,8 +311,7 @@ def work(model):
         macs += output[0].numel() * layer.weight[0].numel() * (3 if layer.in_channels > 1 else 2)
         values += 5 * output[0].numel()
 
-    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
+    handles = [layer.register_forward_hook(count) for layer in convolutions(model)]
     model(torch.zeros(1, 1, 28, 28))
     for handle in handles:
         handle.remove()
@@ -367,20 +370,21 @@ def measure(path, images, rounds, levers):
         best = min((row for row in read(path) if row["part"] == "workers"), key=lambda row: float(row["value"]))["name"]
 
         contenders = {
-            "A": course(images, int(best), device),
-            "A, no dropout": course(images, int(best), device, dropout=0.0),
-            "B": ours(images, device),
-            "B, batches of 512": ours(images, device, COURSE_BATCH),
-            "B, no average": ours(images, device, average=False),
-            "B, no augmentation": ours(images, device, augment=False),
-            "C": ours(images, device, only_step=True),
-            "C, batches of 512": ours(images, device, COURSE_BATCH, only_step=True),
+            "A": partial(course, images, int(best), device),
+            "A, no dropout": partial(course, images, int(best), device, dropout=0.0),
+            "B": partial(ours, images, device),
+            "B, batches of 512": partial(ours, images, device, COURSE_BATCH),
+            "B, no average": partial(ours, images, device, average=False),
+            "B, no augmentation": partial(ours, images, device, augment=False),
+            "C": partial(ours, images, device, only_step=True),
+            "C, batches of 512": partial(ours, images, device, COURSE_BATCH, only_step=True),
         }
-        growth = {name: ours(count, device) for name, count in steps_of.items()}
-        growth |= {f"batches of {size:,}": ours(images, device, size) for size in batches}
+        growth = {name: partial(ours, count, device) for name, count in steps_of.items()}
+        growth |= {f"batches of {size:,}": partial(ours, images, device, size) for size in batches}
         for part, group in (("epoch", contenders), ("growth", growth)):
             if (part, next(iter(group))) in there:
                 continue
+            group = {name: build() for name, build in group.items()}
             seconds = {name: [] for name in group}
             for epoch in group.values():
                 epoch(2)

@@ -285,14 +285,9 @@ def test_the_host_reads_from_the_device_far_less_than_once_a_step(batches, monke
 
 def shards_alone(model, images, labels):
     """Outputs and gradients of two halves, one after the other, each with BatchNorm statistics of its own."""
-    outputs = torch.cat([copy.deepcopy(model).train()(half) for half in images.chunk(2)])
-    loss = sum(
-        F.nll_loss(replica(half), of_half) * len(half) / len(images)
-        for half, of_half, replica in zip(
-            images.chunk(2), labels.chunk(2), (model.train(), weights_shared(model)), strict=True
-        )
-    )
-    return outputs, torch.autograd.grad(loss, list(model.parameters()))
+    replicas = model.train(), weights_shared(model)
+    outputs = torch.cat([replica(half) for replica, half in zip(replicas, images.chunk(2), strict=True)])
+    return outputs, torch.autograd.grad(F.nll_loss(outputs, labels), list(model.parameters()))
 
 
 def weights_shared(model):
