@@ -7,8 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "studies"))
-import speed
+from studies import speed
 
 RESULTS = ROOT / "studies" / "results"
 PARTS = {"machine", "least", "workers", "epoch", "growth"}

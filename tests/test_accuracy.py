@@ -1,0 +1,209 @@
+"""The accuracy study runs its trials once, wherever they run; README and notebook say what the stored rows say."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from s6.model import Net
+from s6.utils import Recipe
+from studies import accuracy
+
+ray = pytest.importorskip("ray", reason="needs studies/requirements.txt")
+from ray.cluster_utils import Cluster
+
+PATH = accuracy.RESULTS / "accuracy.csv"
+ROWS = accuracy.read(PATH)
+TINY = {"epochs": 2, "batch_size": 50}
+
+
+# ------------------------------------------------------------------------------------------------------------ variants
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({}, 10_474),
+        ({"net": "course", "dropout": 0.005}, 10_474),
+        ({"net": "ReLU before BatchNorm"}, 10_474),
+        ({"net": "pooling earlier"}, 10_474),
+        ({"net": "no BatchNorm"}, 10_474 - 2 * (8 + 12 + 16 + 8 + 12 + 16 + 16 + 16)),
+        ({"net": "no transition"}, 10_474 - 136 - 16 + 8 * 9 * 12),
+        ({"net": "linear layer"}, 10_474 - 170 + 1450),
+        ({"width": 0.5}, 2_762),
+        ({"width": 1.25}, 16_190),
+    ],
+    ids=str,
+)
+def test_parameters_of_the_networks(changes, parameters):
+    model = accuracy.build(**changes).train()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    output = model(torch.rand(4, 1, 28, 28))
+    assert output.shape == (4, 10) and torch.allclose(output.exp().sum(1), torch.ones(4))
+
+
+def test_the_unchanged_network_is_the_notebook_s():
+    torch.manual_seed(0)
+    expected = Net(0.1).state_dict()
+    torch.manual_seed(0)
+    found = accuracy.build(dropout=0.1).state_dict()
+    assert list(found) == list(expected) and all(map(torch.equal, found.values(), expected.values()))
+
+
+def test_an_unknown_network_is_refused():
+    with pytest.raises(ValueError, match="no network called 'wider'"):
+        accuracy.build("wider")
+
+
+def test_the_ladder_leads_from_the_course_to_ours():
+    rungs = list(accuracy.LADDER.values())
+    assert rungs[0] == accuracy.COURSE and rungs[-1] == {}
+    assert sorted(key for given_up in accuracy.RUNGS.values() for key in given_up) == sorted(accuracy.COURSE)
+
+
+def test_rates():
+    def share(schedule, step):
+        return accuracy.rate(schedule, lambda step: -step, step, total=2000, epochs=20)
+
+    assert share("one-cycle", 7) == -7 and share("constant", 7) == 1
+    assert [share("a tenth after epoch 15", step) for step in (0, 1499, 1500, 1999)] == [1, 1, 0.1, 0.1]
+    assert [share("flat, then down", step) for step in (0, 99, 1000, 1500, 2000)] == [0.01, 1, 1, 0.5, 0]
+
+
+# -------------------------------------------------------------------------------------------------------------- trials
+
+
+def test_a_trial_gives_the_figures_of_the_notebook_s_calls(mnist):
+    """Trained by hand, as README's example does it, on the same few images."""
+    import torch.nn.functional as F
+
+    from s6.utils import CPUParallel, get_device, mnist_loaders, set_seed, test, train
+
+    row = accuracy.trial("ours", "60k/test", 3, TINY, images=500, **TINY)
+    device, recipe = get_device(), Recipe(**TINY)
+    set_seed(3)
+    loader, test_loader = mnist_loaders(ROOT / "data", 50, device, 3, augment=recipe.augment)
+    for part in (loader, test_loader):
+        part.images, part.labels = part.images[:500], part.labels[:500]
+    model = Net().to(device)
+    optimizer, scheduler, averaged = recipe.prepare(model, len(loader))
+    fast = CPUParallel(model) if device.type == "cpu" else model
+    losses, accuracies = [], []
+    for _ in range(2):
+        train(fast, device, loader, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged, disable=True)
+        test(averaged, device, test_loader, F.nll_loss, losses, accuracies)
+    assert tuple(row) == accuracy.COLUMNS and (row["variant"], row["seed"], row["parameters"]) == ("ours", 3, 10_474)
+    assert row["accuracies"] == " ".join(f"{x:.2f}" for x in accuracies)
+    assert row["losses"] == " ".join(f"{x:.5f}" for x in losses)
+    assert (row["last"], row["epochs"]) == (f"{accuracies[-1]:.2f}", 2)
+
+
+EVERY = {name: changes for _, variants in accuracy.STUDIES.values() for name, changes in variants.items()}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_each_variant_trains(name, mnist):
+    changes = EVERY[name] | {"epochs": 1}
+    row = accuracy.trial(name, "60k/test", 1, changes, images=256, **changes)
+    assert 0 < float(row["last"]) < 100 and len(row["accuracies"].split()) == 1
+
+
+def test_the_settings_tell_any_two_variants_of_a_study_apart():
+    for split, variants in accuracy.STUDIES.values():
+        assert split in ("50k/10k", "60k/test")
+        assert len({accuracy.settings(changes) for changes in variants.values()}) == len(variants)
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def a_row(variant="ours", seed=1, **changes):
+    row = dict.fromkeys(accuracy.COLUMNS, "-") | {"variant": variant, "split": "60k/test", "seed": str(seed)}
+    return row | {"last": "99.60", "settings": accuracy.settings(changes)}
+
+
+def test_half_a_row_is_cut_off_and_its_trial_run_again(tmp_path):
+    path = tmp_path / "rows.csv"
+    assert accuracy.stored(path) == []
+    accuracy.append(path, a_row(seed=1))
+    accuracy.append(path, a_row(seed=2))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    rows = accuracy.stored(path)
+    assert [row["seed"] for row in rows] == ["1"]
+    assert [job[2] for job in accuracy.missing("reporting", (1, 2, 3), rows)] == [2, 3]
+    accuracy.append(path, a_row(seed=2))
+    assert path.read_bytes() == whole
+
+
+def test_a_file_killed_before_its_header_was_whole_starts_anew(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("variant,spl")
+    assert accuracy.stored(path) == []
+    accuracy.append(path, a_row())
+    assert accuracy.stored(path) == [a_row()]
+
+
+def test_rows_of_another_recipe_do_not_count():
+    rows = [a_row(lr=0.123)]
+    assert len(accuracy.missing("reporting", (1,), rows)) == 1
+    assert accuracy.missing("reporting", (1,), [a_row()]) == []
+
+
+@pytest.fixture
+def cluster():
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def on_a_node(folder, *job, **changes):
+    """A trial that says where it ran; the first attempt of seed 2 dies the way a worker does that is out of memory."""
+    died = Path(folder) / "died"
+    if job[2] == 2 and not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job[2] == 3:
+        raise FloatingPointError("the training loss is nan")
+    return accuracy.trial(*job, **changes) | {"device": ray.get_runtime_context().get_node_id()}
+
+
+def test_two_nodes_share_the_trials_and_lose_none(cluster, tmp_path, mnist, monkeypatch, capsys):
+    """Three trials on two nodes: one worker is killed, one trial raises; the others have their row."""
+    monkeypatch.setattr(accuracy, "trial", partial(on_a_node, tmp_path))
+    jobs = [("ours", "60k/test", seed, TINY) for seed in (1, 2, 3)]
+    failed = accuracy.run(jobs, tmp_path / "rows.csv", cluster.address, images=100)
+    rows = accuracy.read(tmp_path / "rows.csv")
+    assert (
+        failed == 1 and "ours, seed 3 failed: FloatingPointError: the training loss is nan" in capsys.readouterr().out
+    )
+    assert sorted(row["seed"] for row in rows) == ["1", "2"] and (tmp_path / "died").exists()
+    assert len({row["device"] for row in rows}) == 2
+
+
+def test_the_command_runs_what_is_missing_and_nothing_twice(tmp_path, mnist):
+    path = tmp_path / "rows.csv"
+    accuracy.append(path, a_row(seed=1))
+
+    def start():
+        command = [sys.executable, ROOT / "studies" / "accuracy.py", "reporting", "--seeds", "2"]
+        return subprocess.run(
+            [*command, "--results", path, "--images", "250"], cwd=tmp_path, capture_output=True, text=True
+        )
+
+    done = start()
+    assert not done.returncode, done.stderr
+    rows = accuracy.read(path)
+    assert rows[0] == a_row(seed=1) and [row["seed"] for row in rows] == ["1", "2"]
+    assert "ours, seed 2: " in done.stdout and all(rows[1].values())
+    before = path.read_bytes()
+    assert start().returncode == 0 and path.read_bytes() == before
