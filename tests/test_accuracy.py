@@ -1,6 +1,5 @@
 """The accuracy study runs its trials once, wherever they run; README and notebook say what the stored rows say."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -115,6 +114,17 @@ def test_each_variant_trains(name, mnist):
     assert 0 < float(row["last"]) < 100 and len(row["accuracies"].split()) == 1
 
 
+def test_without_the_average_the_training_is_the_same(mnist):
+    """Which is why no trial is spent on it: the raw accuracies of ours are its figures."""
+    ours, unaveraged = (
+        accuracy.trial("-", "60k/test", 1, {}, images=500, **TINY, **changes) for changes in ({}, accuracy.UNAVERAGED)
+    )
+    assert unaveraged["accuracies"] == ours["raw accuracies"] != ours["accuracies"]
+    ours["settings"] = accuracy.settings({})
+    last = float(unaveraged["last"])
+    assert accuracy.finals([ours], "60k/test", accuracy.UNAVERAGED) == [last]
+
+
 def test_the_settings_tell_any_two_variants_of_a_study_apart():
     for split, variants in accuracy.STUDIES.values():
         assert split in ("50k/10k", "60k/test")
@@ -207,3 +217,46 @@ def test_the_command_runs_what_is_missing_and_nothing_twice(tmp_path, mnist):
     assert "ours, seed 2: " in done.stdout and all(rows[1].values())
     before = path.read_bytes()
     assert start().returncode == 0 and path.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------------------- the stored rows
+
+
+def test_stored_rows_are_whole_and_there_once():
+    for row in ROWS:
+        curve, raw, losses = ([float(x) for x in row[key].split()] for key in accuracy.COLUMNS[-3:])
+        assert len(curve) == len(losses) == int(row["epochs"]) == 20 and len(raw) == (
+            20 if row["split"] == "60k/test" else 0
+        )
+        figures = [float(row[key]) for key in ("last", "best", "lowest of last five")]
+        assert figures == [curve[-1], max(curve), min(curve[-5:])]
+        first = next((str(epoch) for epoch, x in enumerate(curve, 1) if x >= 99.4), "-")
+        assert first == row["first epoch at 99.4"]
+    assert len({(row["settings"], row["split"], row["seed"]) for row in ROWS}) == len(ROWS)
+    assert list(ROWS[0]) == list(accuracy.COLUMNS)
+
+
+def test_stored_rows_are_of_the_variants_as_they_are_now():
+    """A variant that was changed, or a new recipe, needs new rows."""
+    for row in ROWS:
+        named = [
+            changes
+            for split, variants in accuracy.STUDIES.values()
+            for name, changes in variants.items()
+            if (split, name) == (row["split"], row["variant"])
+        ]
+        assert row["settings"] in map(accuracy.settings, named), row["variant"]
+
+
+def test_readme_shows_the_tables_of_the_stored_rows():
+    readme = (ROOT / "README.md").read_text()
+    for table in accuracy.tables(ROWS):
+        assert table in readme, f"README.md lacks:\n{table}"
+
+
+def test_another_row_changes_the_tables():
+    """So that the test above fails until README follows."""
+    ours = [row for row in ROWS if row["variant"] == "ours"]
+    changed = [row | {"last": "99.00"} if row is ours[0] else row for row in ROWS]
+    before, after = list(accuracy.tables(ROWS)), list(accuracy.tables(changed))
+    assert [x != y for x, y in zip(before, after, strict=True)] == [True, True, True, False]

@@ -18,8 +18,8 @@ from nbclient.exceptions import CellExecutionError
 
 from s6.utils import Recipe
 
-NOTEBOOK = nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4)
-CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+NOTEBOOK, ABLATION = (nbformat.read(ROOT / "notebooks" / name, as_version=4) for name in ("S6.ipynb", "ablation.ipynb"))
+CODE, ABLATION_CODE = ([cell for cell in each.cells if cell.cell_type == "code"] for each in (NOTEBOOK, ABLATION))
 SOURCES = [cell.source for cell in CODE]
 COLAB = ROOT / "tests" / "colab"
 
@@ -39,11 +39,15 @@ def text_of(cell):
 # -------------------------------------------------------------------------------------------------------- the file
 
 
-def test_stored_outputs_are_from_one_run_from_top_to_bottom():
-    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
-    outputs = [output for cell in CODE for output in cell.outputs]
+@pytest.mark.parametrize(("code", "pictures"), [(CODE, 4), (ABLATION_CODE, 6)], ids=["S6", "ablation"])
+def test_stored_outputs_are_from_one_run_from_top_to_bottom(code, pictures):
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == pictures
+
+
+def test_stored_run_reached_the_goal():
     lines = re.findall(r"^epoch +(\d+): .* test loss .* accuracy (\S+) %$", text_of(CODE[TRAINING]), re.MULTILINE)
     assert [int(epoch) for epoch, _ in lines] == list(range(1, 21)) and float(lines[-1][1]) > 99.4
     assert text_of(CODE[-1]) == "Passed: more than 99.4 % at the last epoch, 10,474 parameters, 20 epochs\n"
@@ -53,10 +57,12 @@ def test_stored_settings_are_the_recipe_s():
     assert ast.literal_eval(CODE[SETTINGS].outputs[0].data["text/plain"]) == vars(Recipe())
 
 
-def test_each_code_cell_follows_a_sentence_and_is_short():
-    kinds = [cell.cell_type for cell in NOTEBOOK.cells]
+@pytest.mark.parametrize("notebook", [NOTEBOOK, ABLATION], ids=["S6", "ablation"])
+def test_each_code_cell_follows_a_sentence_and_is_short(notebook):
+    kinds = [cell.cell_type for cell in notebook.cells]
     assert not [i for i, kind in enumerate(kinds) if kind == "code" and kinds[i - 1] != "markdown"]
-    assert 10 <= len(CODE) <= 14 and max(len(cell.source.splitlines()) for cell in CODE) <= 40
+    assert 7 <= kinds.count("code") <= 14
+    assert max(len(cell.source.splitlines()) for cell in notebook.cells if cell.cell_type == "code") <= 50
 
 
 def test_metadata_asks_colab_for_a_gpu():
@@ -66,7 +72,7 @@ def test_metadata_asks_colab_for_a_gpu():
 
 
 def test_nothing_of_the_machine_it_ran_on_is_stored():
-    stored = json.dumps([cell.outputs for cell in CODE])
+    stored = json.dumps([cell.outputs for cell in CODE + ABLATION_CODE])
     assert not re.search(r"/(home|root|work|tmp|Users|content)/", stored)
 
 
@@ -74,6 +80,13 @@ def test_readme_shows_the_curves_of_the_stored_run():
     curves = CODE[CURVES].outputs[0].data["image/png"]
     assert (ROOT / "notebooks" / "curves.png").read_bytes() == base64.b64decode(curves)
     assert "(notebooks/curves.png)" in (ROOT / "README.md").read_text()
+
+
+def test_readme_shows_ladder_and_ablation():
+    pictures = [cell.outputs[-1].data["image/png"] for cell in ABLATION_CODE[4:6]]
+    for name, picture in zip(("ladder.png", "ablation.png"), pictures, strict=True):
+        assert (ROOT / "notebooks" / name).read_bytes() == base64.b64decode(picture)
+        assert f"(notebooks/{name})" in (ROOT / "README.md").read_text()
 
 
 def test_readme_s_example_runs(batches, monkeypatch, capsys):
@@ -137,6 +150,32 @@ def test_in_colab_it_asks_for_both_files(tmp_path):
     assert re.findall("Please choose .*", text_of(cells[0])) == ["Please choose model.py", "Please choose utils.py"]
     assert (tmp_path / "model.py").read_bytes() == (ROOT / "s6" / "model.py").read_bytes()
     assert "'epochs': 20" in cells[SETTINGS].outputs[0].data["text/plain"]
+
+
+@pytest.mark.parametrize("way", ["beside", "asked for"])
+def test_ablation_in_an_empty_folder(way, tmp_path):
+    """With the rows beside it, and in Colab, where it asks for them: the same outputs as those stored."""
+    if way == "beside":
+        shutil.copy(ROOT / "studies" / "results" / "accuracy.csv", tmp_path)
+    sources = [cell.source for cell in ABLATION_CODE]
+    cells, error = run(tmp_path, *sources, PYTHONPATH=COLAB, S6_UPLOADS=ROOT / "studies" / "results")
+    assert not error
+    assert ("Please choose accuracy.csv" in text_of(cells[0])) == (way == "asked for")
+    assert [text_of(cell) for cell in cells[1:]] == [text_of(cell) for cell in ABLATION_CODE[1:]]
+
+
+def test_ablation_follows_the_rows(tmp_path):
+    """So that its stored outputs fail under nbval when a row is edited."""
+    rows = (ROOT / "studies" / "results" / "accuracy.csv").read_text().splitlines(keepends=True)
+    first = next(i for i, row in enumerate(rows) if row.startswith("ours,60k/test,"))
+    (tmp_path / "accuracy.csv").write_text("".join(rows[:first] + rows[first + 1 :]))
+    cells, error = run(tmp_path, *(cell.source for cell in ABLATION_CODE[:2]))
+    assert not error and text_of(cells[1]) != text_of(ABLATION_CODE[1])
+
+
+def test_ablation_without_the_rows_says_what_is_missing(tmp_path):
+    _, error = run(tmp_path, ABLATION_CODE[0].source)
+    assert error.startswith("FileNotFoundError: accuracy.csv lies neither beside this notebook nor in")
 
 
 def test_without_the_modules_and_without_colab_it_says_what_is_missing(tmp_path):
