@@ -71,7 +71,11 @@ CHOOSING = {
     "ReLU before BatchNorm": {"net": "ReLU before BatchNorm"},
     "float32": {"dtype": torch.float32},
     "flat, then down": {"schedule": "flat, then down"},
+    "not sharded": {"shards": 1},
+    "shift 1, shear 10, 3 epochs unaugmented at the end": {"translate": 1.0, "shear": 10.0, "fade": 3},
+    "shift 0.5, shear 10": {"translate": 0.5, "shear": 10.0},
     "rate 0.4": {"lr": 0.4},
+    "shift 1, elastic": {"translate": 1.0, "augment": "elastic"},
     "weight decay 1e-3": {"weight_decay": 1e-3},
 }
 
