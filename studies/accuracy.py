@@ -282,10 +282,17 @@ def run(jobs, path, address=None, data=None, share=8, images=None):
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its new way, and no warning about the old one
     import ray
 
-    options = {"include_dashboard": False}
     if address:  # each node gets a copy of this folder, and fetches the images itself
-        options = {"runtime_env": {"working_dir": str(ROOT), "excludes": [".git", ".venv", "build", "data"]}}
-    ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
+        environment = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "build", "data"]}
+    else:
+        environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    ray.init(
+        address,
+        runtime_env=environment,
+        log_to_driver=False,
+        logging_level="ERROR",
+        include_dashboard=None if address else False,
+    )
     gpus = 1 / share if ray.cluster_resources().get("GPU") else 0
     # Ray starts a trial anew whose worker died; one that raised an error would raise it again.
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, scheduling_strategy="SPREAD")(trial)
