@@ -268,9 +268,10 @@ def append(path, row):
         os.fsync(file.fileno())
 
 
-def missing(study, seeds, rows):
+def missing(study, seeds, rows, only=None):
     """Return the trials of a study that have no row yet, seed by seed, as the first arguments of `trial`."""
     split, variants = STUDIES[study]
+    variants = {name: variants[name] for name in only or variants}
     done = {(row["settings"], row["split"], row["seed"]) for row in rows}
     wanted = [(name, split, seed, changes) for seed in seeds for name, changes in variants.items()]
     return [job for job in wanted if job[3] != UNAVERAGED and (settings(job[3]), split, str(job[2])) not in done]
@@ -369,6 +370,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=[*STUDIES, "tables"])
     parser.add_argument("--seeds", type=int, default=1, help="train from the seeds 1 to this one")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of the study, by name")
     parser.add_argument("--address", help="of a Ray cluster")
     parser.add_argument("--data", help="folder of the images; on a cluster, of each node")
     parser.add_argument("--share", type=int, default=8, help="trials at once on a GPU")
@@ -378,7 +380,7 @@ def main():
     if options.study == "tables":
         print(*tables(read(options.results)), sep="\n\n")
         return
-    jobs = missing(options.study, range(1, options.seeds + 1), stored(options.results))
+    jobs = missing(options.study, range(1, options.seeds + 1), stored(options.results), options.only)
     sys.exit(bool(run(jobs, options.results, options.address, options.data, options.share, options.images)))
 
 
