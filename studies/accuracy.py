@@ -75,6 +75,9 @@ CHOOSING = {
     "shift 1, shear 10, 3 epochs unaugmented at the end": {"translate": 1.0, "shear": 10.0, "fade": 3},
     "shift 0.5, shear 10": {"translate": 0.5, "shear": 10.0},
     "rate 0.4": {"lr": 0.4},
+    "rate 0.1": {"lr": 0.1},
+    "shift 1, shear 10, rate 0.1": {"translate": 1.0, "shear": 10.0, "lr": 0.1},
+    "shift 1, shear 10, weight decay 1e-4": {"translate": 1.0, "shear": 10.0, "weight_decay": 1e-4},
     "shift 1, elastic": {"translate": 1.0, "augment": "elastic"},
     "weight decay 1e-3": {"weight_decay": 1e-3},
 }
