@@ -51,7 +51,15 @@ COLUMNS = (
 # ---------------------------------------------------------------------------------------------------------- variants
 # Name: what it changes about ours. The keys are fields of `Recipe`, or arguments of `trial`.
 
-START = {"batch_size": 250, "lr": 0.2, "average": 0.998, "weight_decay": 5e-4, "warmup": 0.2}  # where choosing began
+START = {  # the settings in use when choosing began
+    "batch_size": 250,
+    "lr": 0.2,
+    "average": 0.998,
+    "weight_decay": 5e-4,
+    "warmup": 0.2,
+    "translate": 2.0,
+    "shear": 5.0,
+}
 HALF = {"degrees": 5.0, "translate": 1.0, "scale": 0.05, "shear": 2.5}
 CHOOSING = {
     "start": {},
@@ -77,9 +85,10 @@ CHOOSING = {
     "rate 0.4": {"lr": 0.4},
     "rate 0.1": {"lr": 0.1},
     "shift 1, shear 10, rate 0.1": {"translate": 1.0, "shear": 10.0, "lr": 0.1},
+    "shift 1, shear 10, average 0.99": {"translate": 1.0, "shear": 10.0, "average": 0.99},
+    "shift 1, shear 10, ReLU on the scores": {"translate": 1.0, "shear": 10.0, "net": "ReLU on the scores"},
+    "shift 1, shear 10, dropout 0.02": {"translate": 1.0, "shear": 10.0, "dropout": 0.02},
     "shift 1, shear 10, weight decay 1e-4": {"translate": 1.0, "shear": 10.0, "weight_decay": 1e-4},
-    "shift 1, elastic": {"translate": 1.0, "augment": "elastic"},
-    "weight decay 1e-3": {"weight_decay": 1e-3},
 }
 
 COURSE = {  # the course's recipe
@@ -159,11 +168,11 @@ def build(net="ours", width=1, dropout=0.0):
     if net == "no BatchNorm":
         for block in blocks:
             block[1] = nn.Identity()
-    elif net in ("ReLU before BatchNorm", "course"):
-        for block in blocks:
+    elif net in ("course", "ReLU before BatchNorm", "ReLU on the scores"):  # the first has both
+        for block in blocks if net != "ReLU on the scores" else []:
             block.__class__ = ReLUFirst
-        if net == "course":
-            layers.insert(-1, nn.ReLU())  # on the scores at the nine places, before their mean
+        if net != "ReLU before BatchNorm":
+            layers.insert(-1, nn.ReLU())  # at the nine places, before their mean
     elif net == "no transition":  # the next block takes all 16 channels
         layers[4:6] = [ConvBlock(16, 12, 3, dropout)]
     elif net == "linear layer":  # of all features, in place of nine scores and their mean
