@@ -293,8 +293,10 @@ def run(jobs, path, address=None, data=None, share=8, images=None):
     """Run the trials with Ray, append each row as its trial ends, and return how many failed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its new way, and no warning about the old one
-    import ray
-
+    try:
+        import ray
+    except ImportError:
+        sys.exit("Ray is missing: .venv/bin/python -m pip install --requirement studies/requirements.txt")
     if address:  # each node gets a copy of this folder, and fetches the images itself
         environment = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "build", "data"]}
     else:
@@ -386,14 +388,22 @@ def main():
     parser.add_argument("--address", help="of a Ray cluster")
     parser.add_argument("--data", help="folder of the images; on a cluster, of each node")
     parser.add_argument("--share", type=int, default=8, help="trials at once on a GPU")
-    parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.csv")
-    parser.add_argument("--images", type=int, help="take so few only: does it run? The figures mean nothing")
+    parser.add_argument("--images", type=int, help="take so few only: does it run? The rows go to build/accuracy.csv")
+    parser.add_argument("--results", type=Path, help="another file for the rows")
     options = parser.parse_args()
+    path = options.results or (ROOT / "build" if options.images else RESULTS) / "accuracy.csv"
     if options.study == "tables":
-        print(*tables(read(options.results)), sep="\n\n")
+        print(*tables(read(path)), sep="\n\n")
         return
-    jobs = missing(options.study, range(1, options.seeds + 1), stored(options.results), options.only)
-    sys.exit(bool(run(jobs, options.results, options.address, options.data, options.share, options.images)))
+    for name in options.only or []:
+        if name not in STUDIES[options.study][1]:
+            parser.error(f"no variant {name!r} in {options.study}; there are: {'; '.join(STUDIES[options.study][1])}")
+    jobs = missing(options.study, range(1, options.seeds + 1), stored(path), options.only)
+    if not jobs:
+        print(f"Nothing is missing: every trial has its row in {path}")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.exit(bool(run(jobs, path, options.address, options.data, options.share, options.images)))
 
 
 if __name__ == "__main__":

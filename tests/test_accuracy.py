@@ -216,7 +216,15 @@ def test_the_command_runs_what_is_missing_and_nothing_twice(tmp_path, mnist):
     assert rows[0] == a_row(seed=1) and [row["seed"] for row in rows] == ["1", "2"]
     assert "ours, seed 2: " in done.stdout and all(rows[1].values())
     before = path.read_bytes()
-    assert start().returncode == 0 and path.read_bytes() == before
+    done = start()
+    assert (done.returncode, path.read_bytes()) == (0, before) and "Nothing is missing" in done.stdout
+
+
+def test_an_unknown_variant_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "ladder", "--only", "no drop-out"])
+    with pytest.raises(SystemExit):
+        accuracy.main()
+    assert "no variant 'no drop-out' in ladder; there are: the course's recipe; " in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------- the stored rows
