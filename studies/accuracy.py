@@ -357,6 +357,8 @@ def tables(rows):
         ("last five epochs, lowest of any seed", 99.50, min(lowest), f"{min(lowest):.2f}"),
     ):
         lines.append(f"| {name} | ≥ {wanted:.2f} | {shown} | {'met' if value >= wanted else 'missed'} |")
+    machines = {f"{row['device']}; Python {row['python']}, torch {row['torch']}" for row in ours}
+    lines.append(f"| trained on | | {'<br>'.join(sorted(machines))} | |")
     yield "\n".join(lines)
     for title, study, against in (("each on top of those above", LADDER, "above"), ("ours, but", ABLATION, "ours")):
         lines = [f"| {title} | n | accuracy (%), mean ± standard error | against {against} |", "|---|---|---|---|"]

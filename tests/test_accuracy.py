@@ -1,7 +1,9 @@
 """The accuracy study runs its trials once, wherever they run; README and notebook say what the stored rows say."""
 
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -260,6 +262,27 @@ def test_readme_shows_the_tables_of_the_stored_rows():
     readme = (ROOT / "README.md").read_text()
     for table in accuracy.tables(ROWS):
         assert table in readme, f"README.md lacks:\n{table}"
+
+
+def test_readme_s_words_about_the_rows():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    p = statistics.mean(accuracy.finals(ROWS, "60k/test", {})) / 100
+    assert f"is {100 * math.sqrt(p * (1 - p) / 10_000):.2f} points; it is the same for everyone" in readme
+
+    def losses(name):
+        return accuracy.finals(ROWS, "50k/10k", accuracy.STUDIES["choosing"][1][name], "losses")
+
+    harmful = {
+        "more augmentation": "augmentation x 1.5",
+        "elastic shifts": "elastic",
+        "dropout": "shift 1, shear 10, dropout 0.02",
+        "twice the rate": "rate 0.4",
+        "the ReLU before BatchNorm": "ReLU before BatchNorm",
+        "small batches in shards": "batches of 62, rate 0.1",
+    }
+    assert f"what does harm: {', '.join(harmful)}. It" in readme
+    assert min(min(losses(name)) for name in harmful.values()) > 1.1 * max(losses("start"))
+    assert max(losses("shift 1, shear 10")) < max(losses("start"))
 
 
 def test_another_row_changes_the_tables():
