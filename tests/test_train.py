@@ -26,6 +26,7 @@ from s6.utils import (
     test,
     train,
 )
+from studies.speed import course_loader
 
 
 def sgd(model, lr=0.05):
@@ -135,26 +136,14 @@ def test_a_batch_can_be_overfitted(mnist):
 
 def test_the_course_s_own_notebook_runs(mnist, monkeypatch, capsys):
     """Its calls, with flat modules and its image-by-image loaders, on the first images; StepLR as torch has it now."""
-    import torchvision
-
     monkeypatch.syspath_prepend(ROOT / "s6")
     from model import Net
     from utils import test, train
 
     del sys.modules["model"], sys.modules["utils"]  # names that another test may use; monkeypatch would put them back
     torch.manual_seed(1)
-    transform = torchvision.transforms.Compose(
-        [
-            torchvision.transforms.RandomApply([torchvision.transforms.CenterCrop(22)], p=0.1),
-            torchvision.transforms.Resize((28, 28)),
-            torchvision.transforms.RandomRotation((-15.0, 15.0), fill=0),
-            torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize((0.1307,), (0.3081,)),
-        ]
-    )
-    dataset = torchvision.datasets.MNIST(ROOT / "data", transform=transform)
-    loader = DataLoader(torch.utils.data.Subset(dataset, range(700)), batch_size=512, shuffle=True)
     device = torch.device("cpu")
+    loader = course_loader(700, 0, device)
     train_losses, train_acc, test_losses, test_acc = [], [], [], []
     model = Net().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
