@@ -168,17 +168,12 @@ def test_rows_of_another_recipe_do_not_count():
     assert accuracy.missing("reporting", (1,), [a_row()]) == []
 
 
-@pytest.fixture
-def cluster():
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+TWO_NODES, ONE_GPU = [{"num_cpus": 1}, {"num_cpus": 1}], [{"num_cpus": 2, "num_gpus": 1}]
 
 
-def test_two_nodes_share_the_trials_and_lose_none(cluster, tmp_path, mnist, monkeypatch, capsys):
-    """Seeds 1 and 2 wait for each other, which takes both nodes; 3 is killed at its first attempt; 4 raises."""
+@pytest.mark.parametrize("nodes", [TWO_NODES, ONE_GPU], ids=["two nodes", "one GPU, as Ray sees it"])
+def test_trials_run_side_by_side_and_none_is_lost(nodes, tmp_path, mnist, monkeypatch, capsys):
+    """Seeds 1 and 2 wait for each other, so they must run at once; 3 is killed at its first attempt; 4 raises."""
     real = accuracy.trial
 
     def trial(*job, **changes):
@@ -189,17 +184,26 @@ def test_two_nodes_share_the_trials_and_lose_none(cluster, tmp_path, mnist, monk
             os.kill(os.getpid(), signal.SIGKILL)
         if job[2] == 4:
             raise FloatingPointError("the training loss is nan")
+        deadline = time.time() + 120
         while not ((tmp_path / "1").exists() and (tmp_path / "2").exists()):
+            assert time.time() < deadline, "the other trial did not start"
             time.sleep(0.1)
         return real(*job, **changes) | {"device": ray.get_runtime_context().get_node_id()}
 
     monkeypatch.setattr(accuracy, "trial", trial)
     jobs = [("ours", "60k/test", seed, TINY) for seed in (1, 2, 3, 4)]
-    failed = accuracy.run(jobs, tmp_path / "rows.csv", cluster.address, ROOT / "data", images=100)
+    cluster = Cluster()
+    try:
+        for node in nodes:
+            cluster.add_node(include_dashboard=False, **node)
+        failed = accuracy.run(jobs, tmp_path / "rows.csv", cluster.address, ROOT / "data", images=100)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
     rows = accuracy.read(tmp_path / "rows.csv")
     assert failed == 1 and "seed 4 failed: FloatingPointError: the training loss is nan" in capsys.readouterr().out
     node = {row["seed"]: row["device"] for row in rows}
-    assert sorted(node) == ["1", "2", "3"] and node["1"] != node["2"]
+    assert sorted(node) == ["1", "2", "3"] and (node["1"] != node["2"]) == (len(nodes) == 2)
 
 
 def test_the_command_runs_what_is_missing_and_nothing_twice(tmp_path, mnist):
