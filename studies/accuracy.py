@@ -3,7 +3,7 @@
     .venv/bin/python -m pip install --requirement studies/requirements.txt
     .venv/bin/python studies/accuracy.py choosing             # settings against each other, on 50k/10k
     .venv/bin/python studies/accuracy.py reporting --seeds 6  # the frozen recipe, on 60k/test
-    .venv/bin/python studies/accuracy.py ladder --seeds 2     # from the course's recipe to ours, one change at a time
+    .venv/bin/python studies/accuracy.py ladder --seeds 2     # from the course's recipe to ours, step by step
     .venv/bin/python studies/accuracy.py ablation --seeds 2   # ours with one thing changed
     .venv/bin/python studies/accuracy.py tables               # the tables of README.md, from the stored rows
 
@@ -13,11 +13,12 @@ row is not run again. Ray runs the trials, one on each core (`--share` of them o
 
 Splits: `50k/10k` trains on the first 50,000 training images and reads the last 10,000; everything was chosen there.
 `60k/test` trains on all 60,000 and reads the test set. It does so after each epoch, to draw the curve; the last epoch
-counts, and nothing depends on the others.
+counts, and nothing is chosen by any of them.
 """
 
 import argparse
 import csv
+import fcntl
 import io
 import math
 import os
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 from s6.model import ConvBlock, Net
 from s6.utils import CPUParallel, Recipe, get_device, mnist_loaders, set_seed, test, train
-from studies.speed import COURSE_BATCH, DATA, RESULTS, about, course_loader, read
+from studies.speed import COURSE_BATCH, DATA, RESULTS, course_loader, current_commit, read, versions
 
 # Accuracies in percent, of the averaged weights. The last three columns hold a value for each epoch.
 COLUMNS = (
@@ -52,12 +53,16 @@ COLUMNS = (
 # Name: what it changes about ours. The keys are fields of `Recipe`, or arguments of `trial`.
 
 START = {  # the settings in use when choosing began
+    "epochs": 20,
     "batch_size": 250,
     "lr": 0.2,
-    "average": 0.998,
-    "weight_decay": 5e-4,
     "warmup": 0.2,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "average": 0.998,
+    "degrees": 10.0,
     "translate": 2.0,
+    "scale": 0.1,
     "shear": 5.0,
 }
 HALF = {"degrees": 5.0, "translate": 1.0, "scale": 0.05, "shear": 2.5}
@@ -110,13 +115,13 @@ RUNGS = {  # from there to ours, each with the keys that it gives up
     "two shards, bfloat16": ["shards", "dtype"],
     "no dropout": ["dropout"],
     "BatchNorm before ReLU, no ReLU on the scores": ["net"],
-    "one-cycle rate, Nesterov, weight decay": ["optim", "weight_decay", "lr", "schedule"],
-    "smaller batches": ["batch_size"],
-    "moving average: ours": ["average"],
+    "one-cycle up to 0.2, Nesterov, weight decay": ["optim", "weight_decay", "lr", "schedule"],
+    "batches of 250": ["batch_size"],
+    "ours": ["average"],
 }
-LADDER, left = {}, COURSE
+LADDER, changes = {}, COURSE
 for name, given_up in RUNGS.items():
-    LADDER[name] = left = {key: value for key, value in left.items() if key not in given_up}
+    LADDER[name] = changes = {key: value for key, value in changes.items() if key not in given_up}
 
 # The average only watches: without it the training is the same. Its figures are the raw accuracies of ours.
 UNAVERAGED = {"average": 0.0}
@@ -129,12 +134,12 @@ ABLATION = {
     "no 1×1 transition": {"net": "no transition"},
     "linear layer for the global average": {"net": "linear layer"},
     "pooling one block earlier": {"net": "pooling earlier"},
-    "dropout 0.05": {"dropout": 0.05},
-    "half the channels": {"width": 0.5},
     "dropout 0.005": {"dropout": 0.005},
+    "dropout 0.05": {"dropout": 0.05},
     "dropout 0.1": {"dropout": 0.1},
-    "5/4 of the channels": {"width": 1.25},
-    "3/4 of the channels": {"width": 0.75},
+    "1/2 of the channels": {"width": 1 / 2},
+    "3/4 of the channels": {"width": 3 / 4},
+    "5/4 of the channels": {"width": 5 / 4},
 }
 STUDIES = {
     "choosing": ("50k/10k", {name: START | changes for name, changes in CHOOSING.items()}),
@@ -182,6 +187,8 @@ def build(net="ours", width=1, dropout=0.0):
     elif net != "ours":
         raise ValueError(f"there is no network called {net!r}")
     if width != 1:
+        if net != "ours":
+            raise ValueError(f"{net!r} comes in its own width only")
         for i, layer in enumerate(layers):
             if isinstance(layer, ConvBlock):
                 conv = layer[0]
@@ -211,21 +218,25 @@ def rate(schedule, ours, step, total, epochs):
 
 
 def trial(
-    variant, split, seed, changes, data=DATA, images=None, *, net="ours", width=1, dropout=0.0, augment="ours", fade=0,
-    optim="SGD", schedule="one-cycle", smoothing=0.0, shards=2, dtype=None, **recipe,
+    variant, split, seed, data=DATA, *, images=None, net="ours", width=1, dropout=0.0, augment="ours", fade=0,
+    optim="SGD", schedule="one-cycle", smoothing=0.0, shards=2, dtype=None, **fields,
 ):  # fmt: skip
-    """Train, and return the row, still without its commit."""
-    start, device, recipe = time.perf_counter(), get_device(), replace(Recipe(), **recipe)
+    """Train, and return the row, still without its commit and settings.
+
+    `fields` are the recipe's. `images` takes only so many of both sets, `fade` trains the last epochs on the images as
+    they are, `shards` and `dtype` are for the CPU.
+    """
+    start, device, recipe = time.perf_counter(), get_device(), replace(Recipe(), **fields)
     set_seed(seed)
     augments = {"ours": recipe.augment, "elastic": partial(elastic, recipe=recipe), "none": None, "course": None}
-    holdout = 10_000 if split == "50k/10k" else 0
+    holdout = {"50k/10k": 10_000, "60k/test": 0}[split]
     loader, test_loader = mnist_loaders(
         data, recipe.batch_size, device, seed, augment=augments[augment], holdout=holdout
     )
     for part in (loader, test_loader):
         part.images, part.labels = part.images[:images], part.labels[:images]
     if augment == "course":
-        loader = course_loader(len(loader.labels), 0, device)
+        loader = course_loader(len(loader.labels), 0, device, data)
     model = build(net, width, dropout).to(device)
     optimizer, scheduler, averaged = recipe.prepare(model, len(loader))
     shape = partial(rate, schedule, scheduler.lr_lambdas[0], total=recipe.epochs * len(loader), epochs=recipe.epochs)
@@ -234,6 +245,8 @@ def trial(
         optimizer = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.99))
     elif optim == "plain SGD":
         optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum)
+    elif optim != "SGD":
+        raise ValueError(f"there is no optimizer called {optim!r}")
     scheduler = LambdaLR(optimizer, shape)
     fast = CPUParallel(model, shards, dtype) if device.type == "cpu" else model
     criterion = partial(F.cross_entropy, label_smoothing=smoothing) if smoothing else F.nll_loss
@@ -249,7 +262,7 @@ def trial(
         variant, split, seed, f"{accuracies[-1]:.2f}", f"{max(accuracies):.2f}", f"{min(accuracies[-5:]):.2f}",
         next((epoch for epoch, accuracy in enumerate(accuracies, 1) if accuracy >= 99.4), "-"),
         sum(p.numel() for p in model.parameters()), recipe.epochs, f"{time.perf_counter() - start:.0f}",
-        *about(device)[:-1], "-", settings(changes),
+        *versions(device), "-", "-",
         *(" ".join(f"{x:.{n}f}" for x in values) for values, n in ((accuracies, 2), (raw, 2), (losses, 5))),
     )  # fmt: skip
     return dict(zip(COLUMNS, figures, strict=True))
@@ -280,19 +293,23 @@ def append(path, row):
         os.fsync(file.fileno())
 
 
-def missing(study, seeds, rows, only=None):
-    """Return the trials of a study that have no row yet, seed by seed, as the first arguments of `trial`."""
+def missing(study, seeds, rows, only=None, **more):
+    """Return (variant, split, seed, changes) of each trial without a row, seed by seed; `more` is changed in all."""
     split, variants = STUDIES[study]
-    variants = {name: variants[name] for name in only or variants}
     done = {(row["settings"], row["split"], row["seed"]) for row in rows}
-    wanted = [(name, split, seed, changes) for seed in seeds for name, changes in variants.items()]
-    return [job for job in wanted if job[3] != UNAVERAGED and (settings(job[3]), split, str(job[2])) not in done]
+    chosen = {name: variants[name] | more for name in only or variants if variants[name] != UNAVERAGED}
+    jobs = [(name, split, seed, changes) for seed in seeds for name, changes in chosen.items()]
+    return [job for job in jobs if (settings(job[3]), split, str(job[2])) not in done]
 
 
-def run(jobs, path, address=None, data=None, share=8, images=None):
-    """Run the trials with Ray, append each row as its trial ends, and return how many failed."""
+def run(jobs, path, address=None, data=None, share=8):
+    """Run the trials with Ray, append each row as its trial ends, and return how many failed.
+
+    A failed one raised an error, such as a loss that is not finite; it has no row. Where the cluster has a GPU, every
+    trial takes a share of one.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its new way, and no warning about the old one
+    commit = current_commit()
     try:
         import ray
     except ImportError:
@@ -301,26 +318,22 @@ def run(jobs, path, address=None, data=None, share=8, images=None):
         environment = {"working_dir": str(ROOT), "excludes": [".git", ".venv", "build", "data"]}
     else:
         environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
-    ray.init(
-        address,
-        runtime_env=environment,
-        log_to_driver=False,
-        logging_level="ERROR",
-        include_dashboard=None if address else False,
-    )
-    gpus = 1 / share if ray.cluster_resources().get("GPU") else 0
+    ray.init(address or "local", runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+    resources = ray.cluster_resources()
+    gpus = 1 / share if resources.get("GPU") else 0
     # Ray starts a trial anew whose worker died; one that raised an error would raise it again.
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=3, scheduling_strategy="SPREAD")(trial)
-    data = data or ("data" if address else DATA)
-    commit, failed = about(get_device())[-1], 0
+    data, failed = data or ("data" if address else DATA), 0
     try:
-        running = {remote.remote(*job, data, images, **job[3]): f"{job[0]}, seed {job[2]}" for job in jobs}
+        running = {remote.remote(*job[:3], data, **job[3]): job for job in jobs}
+        print(f"{len(jobs)} trials on {resources['CPU']:.0f} cores and {resources.get('GPU', 0):.0f} GPUs")
         with tqdm(total=len(jobs), unit="trial", file=sys.stdout) as bar:
             while running:
                 [done], _ = ray.wait(list(running))
-                name = running.pop(done)
+                variant, _, seed, changes = running.pop(done)
+                name = f"{variant}, seed {seed}"
                 try:
-                    row = ray.get(done) | {"commit": commit}
+                    row = ray.get(done) | {"commit": commit, "settings": settings(changes)}
                 except ray.exceptions.RayError as error:
                     failed += 1
                     bar.write(f"{name} failed: {str(error).strip().splitlines()[-1]}")
@@ -360,7 +373,10 @@ def tables(rows):
     machines = {f"{row['device']}; Python {row['python']}, torch {row['torch']}" for row in ours}
     lines.append(f"| trained on | | {'<br>'.join(sorted(machines))} | |")
     yield "\n".join(lines)
-    for title, study, against in (("each on top of those above", LADDER, "above"), ("ours, but", ABLATION, "ours")):
+    for title, study, against in (
+        ("each step on top of those above", LADDER, "above"),
+        ("ours, but", ABLATION, "ours"),
+    ):
         lines = [f"| {title} | n | accuracy (%), mean ± standard error | against {against} |", "|---|---|---|---|"]
         base = None
         for name, changes in study.items():
@@ -400,12 +416,18 @@ def main():
     for name in options.only or []:
         if name not in STUDIES[options.study][1]:
             parser.error(f"no variant {name!r} in {options.study}; there are: {'; '.join(STUDIES[options.study][1])}")
-    jobs = missing(options.study, range(1, options.seeds + 1), stored(path), options.only)
-    if not jobs:
-        print(f"Nothing is missing: every trial has its row in {path}")
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    sys.exit(bool(run(jobs, path, options.address, options.data, options.share, options.images)))
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"Another start is writing to {path}")
+        more = {"images": options.images} if options.images else {}
+        jobs = missing(options.study, range(1, options.seeds + 1), stored(path), options.only, **more)
+        if not jobs:
+            print(f"Nothing is missing: every trial has its row in {path}")
+            return
+        sys.exit(bool(run(jobs, path, options.address, options.data, options.share)))
 
 
 if __name__ == "__main__":

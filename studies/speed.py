@@ -75,8 +75,8 @@ COURSE_BATCH, COURSE_EPOCHS = 512, 20
 # -------------------------------------------------------------------------------------------------------- contenders
 
 
-def course_loader(images, workers, device):
-    """The course's data: every image through PIL, every time."""
+def course_loader(images, workers, device, data=DATA):
+    """The course's data: every image through PIL, every time. They are not fetched: `load_mnist` does that."""
     steps = [
         transforms.RandomApply([transforms.CenterCrop(22)], p=0.1),
         transforms.Resize((28, 28)),
@@ -85,7 +85,7 @@ def course_loader(images, workers, device):
         transforms.Normalize((MEAN,), (STD,)),
     ]
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: that is the question
-    dataset = torchvision.datasets.MNIST(DATA, transform=transforms.Compose(steps))
+    dataset = torchvision.datasets.MNIST(data, transform=transforms.Compose(steps))
     return DataLoader(
         Subset(dataset, range(images)),
         COURSE_BATCH,
@@ -318,11 +318,24 @@ def work(model):
     return macs, values
 
 
+def versions(device):
+    return describe(device), platform.python_version(), torch.__version__, torchvision.__version__
+
+
+def current_commit():
+    """Return the checkout's commit, with "-dirty" where the code is not what was committed."""
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", "s6", "studies/*.py").returncode
+    return f"{commit}-dirty" if commit and changed else commit or "unknown"
+
+
 def about(device):
     """Return device, versions and commit, the last columns of every row."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    return describe(device), platform.python_version(), torch.__version__, torchvision.__version__, commit
+    return *versions(device), current_commit()
 
 
 def measure(path, images, rounds, levers):

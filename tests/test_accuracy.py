@@ -1,7 +1,12 @@
 """The accuracy study runs its trials once, wherever they run; README and notebook say what the stored rows say."""
 
+import ast
+import fcntl
+import importlib.util
+import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -16,11 +21,10 @@ from s6.model import Net
 from s6.utils import Recipe
 from studies import accuracy
 
-ray = pytest.importorskip("ray", reason="needs studies/requirements.txt")
-from ray.cluster_utils import Cluster
-
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs studies/requirements.txt")
 PATH = accuracy.RESULTS / "accuracy.csv"
 ROWS = accuracy.read(PATH)
+LISTS = ("LADDER", "ABLATION", "WIDTHS")
 TINY = {"epochs": 2, "batch_size": 50}
 
 
@@ -57,9 +61,13 @@ def test_the_unchanged_network_is_the_notebook_s():
     assert list(found) == list(expected) and all(map(torch.equal, found.values(), expected.values()))
 
 
-def test_an_unknown_network_is_refused():
+def test_unknown_networks_and_optimizers_are_refused(mnist):
     with pytest.raises(ValueError, match="no network called 'wider'"):
         accuracy.build("wider")
+    with pytest.raises(ValueError, match="own width"):
+        accuracy.build("linear layer", width=0.5)
+    with pytest.raises(ValueError, match="no optimizer called 'Adam'"):
+        accuracy.trial("-", "60k/test", 1, images=10, optim="Adam")
 
 
 def test_the_ladder_leads_from_the_course_to_ours():
@@ -86,7 +94,7 @@ def test_a_trial_gives_the_figures_of_the_notebook_s_calls(mnist):
 
     from s6.utils import CPUParallel, get_device, mnist_loaders, set_seed, test, train
 
-    row = accuracy.trial("ours", "60k/test", 3, TINY, images=500, **TINY)
+    row = accuracy.trial("ours", "60k/test", 3, images=500, **TINY)
     device, recipe = get_device(), Recipe(**TINY)
     set_seed(3)
     loader, test_loader = mnist_loaders(ROOT / "data", 50, device, 3, augment=recipe.augment)
@@ -111,14 +119,14 @@ EVERY = {name: changes for _, variants in accuracy.STUDIES.values() for name, ch
 @pytest.mark.parametrize("name", EVERY)
 def test_each_variant_trains(name, mnist):
     changes = EVERY[name] | {"epochs": 1}
-    row = accuracy.trial(name, "60k/test", 1, changes, images=256, **changes)
+    row = accuracy.trial(name, "60k/test", 1, images=256, **changes)
     assert 0 < float(row["last"]) < 100 and len(row["accuracies"].split()) == 1
 
 
 def test_without_the_average_the_training_is_the_same(mnist):
     """Which is why no trial is spent on it: the raw accuracies of ours are its figures."""
     ours, unaveraged = (
-        accuracy.trial("-", "60k/test", 1, {}, images=500, **TINY, **changes) for changes in ({}, accuracy.UNAVERAGED)
+        accuracy.trial("-", "60k/test", 1, images=500, **TINY, **changes) for changes in ({}, accuracy.UNAVERAGED)
     )
     assert unaveraged["accuracies"] == ours["raw accuracies"] != ours["accuracies"]
     ours["settings"] = accuracy.settings({})
@@ -171,9 +179,13 @@ def test_rows_of_another_recipe_do_not_count():
 TWO_NODES, ONE_GPU = [{"num_cpus": 1}, {"num_cpus": 1}], [{"num_cpus": 2, "num_gpus": 1}]
 
 
+@needs_ray
 @pytest.mark.parametrize("nodes", [TWO_NODES, ONE_GPU], ids=["two nodes", "one GPU, as Ray sees it"])
 def test_trials_run_side_by_side_and_none_is_lost(nodes, tmp_path, mnist, monkeypatch, capsys):
     """Seeds 1 and 2 wait for each other, so they must run at once; 3 is killed at its first attempt; 4 raises."""
+    import ray
+    from ray.cluster_utils import Cluster
+
     real = accuracy.trial
 
     def trial(*job, **changes):
@@ -191,12 +203,12 @@ def test_trials_run_side_by_side_and_none_is_lost(nodes, tmp_path, mnist, monkey
         return real(*job, **changes) | {"device": ray.get_runtime_context().get_node_id()}
 
     monkeypatch.setattr(accuracy, "trial", trial)
-    jobs = [("ours", "60k/test", seed, TINY) for seed in (1, 2, 3, 4)]
+    jobs = [("ours", "60k/test", seed, TINY | {"images": 100}) for seed in (1, 2, 3, 4)]
     cluster = Cluster()
     try:
         for node in nodes:
             cluster.add_node(include_dashboard=False, **node)
-        failed = accuracy.run(jobs, tmp_path / "rows.csv", cluster.address, ROOT / "data", images=100)
+        failed = accuracy.run(jobs, tmp_path / "rows.csv", cluster.address, ROOT / "data")
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -206,9 +218,10 @@ def test_trials_run_side_by_side_and_none_is_lost(nodes, tmp_path, mnist, monkey
     assert sorted(node) == ["1", "2", "3"] and (node["1"] != node["2"]) == (len(nodes) == 2)
 
 
+@needs_ray
 def test_the_command_runs_what_is_missing_and_nothing_twice(tmp_path, mnist):
     path = tmp_path / "rows.csv"
-    accuracy.append(path, a_row(seed=1))
+    accuracy.append(path, a_row(seed=1, images=250))
 
     def start():
         command = [sys.executable, ROOT / "studies" / "accuracy.py", "reporting", "--seeds", "2"]
@@ -219,11 +232,20 @@ def test_the_command_runs_what_is_missing_and_nothing_twice(tmp_path, mnist):
     done = start()
     assert not done.returncode, done.stderr
     rows = accuracy.read(path)
-    assert rows[0] == a_row(seed=1) and [row["seed"] for row in rows] == ["1", "2"]
+    assert rows[0] == a_row(seed=1, images=250) and [row["seed"] for row in rows] == ["1", "2"]
     assert "ours, seed 2: " in done.stdout and all(rows[1].values())
     before = path.read_bytes()
     done = start()
     assert (done.returncode, path.read_bytes()) == (0, before) and "Nothing is missing" in done.stdout
+
+
+def test_two_starts_do_not_write_to_one_file(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "reporting", "--results", str(path)])
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="Another start is writing to"):
+            accuracy.main()
 
 
 def test_an_unknown_variant_is_refused(monkeypatch, capsys):
@@ -273,25 +295,44 @@ def test_readme_s_words_about_the_rows():
     p = statistics.mean(accuracy.finals(ROWS, "60k/test", {})) / 100
     assert f"is {100 * math.sqrt(p * (1 - p) / 10_000):.2f} points; it is the same for everyone" in readme
 
-    def losses(name):
-        return accuracy.finals(ROWS, "50k/10k", accuracy.STUDIES["choosing"][1][name], "losses")
-
-    harmful = {
+    losses = {
+        name: accuracy.finals(ROWS, "50k/10k", changes, "losses")
+        for name, changes in accuracy.STUDIES["choosing"][1].items()
+        if "smoothing" not in changes  # another loss was trained, and this one reads high
+    }
+    bad = {
         "more augmentation": "augmentation x 1.5",
         "elastic shifts": "elastic",
-        "dropout": "shift 1, shear 10, dropout 0.02",
-        "twice the rate": "rate 0.4",
-        "the ReLU before BatchNorm": "ReLU before BatchNorm",
         "small batches in shards": "batches of 62, rate 0.1",
+        "the ReLU before BatchNorm": "ReLU before BatchNorm",
+        "twice the rate": "rate 0.4",
+        "dropout": "shift 1, shear 10, dropout 0.02",
     }
-    assert f"what does harm: {', '.join(harmful)}. It" in readme
-    assert min(min(losses(name)) for name in harmful.values()) > 1.1 * max(losses("start"))
-    assert max(losses("shift 1, shear 10")) < max(losses("start"))
+    assert f"a loss of 0.02 or more came with {', '.join(bad)}. " in readme
+    assert set(bad.values()) == {name for name, values in losses.items() if max(values) >= 0.02}
+    spread = max(max(values) / min(values) for values in losses.values())
+    assert f"differ by up to {100 * (spread - 1):.0f} % in loss" in readme
+
+
+def test_the_notebook_draws_the_variants_of_the_study():
+    notebook = (ROOT / "notebooks" / "ablation.ipynb").read_text()
+    cells = ["".join(cell["source"]) for cell in json.loads(notebook)["cells"]]
+    lists = {name: re.search(rf"^{name} = (\[.*?\])", "\n".join(cells), re.M | re.S)[1] for name in LISTS}
+    ladder, ablation, widths = (ast.literal_eval(lists[name]) for name in LISTS)
+    assert ladder == list(accuracy.LADDER)
+    assert set(ablation) | set(widths) == set(accuracy.ABLATION)
+
+
+def test_the_stored_run_of_the_notebook_is_seed_1():
+    row = next(row for row in ROWS if (row["settings"], row["seed"]) == (accuracy.settings({}), "1"))
+    stored = (ROOT / "notebooks" / "S6.ipynb").read_text()
+    assert re.findall(r"test loss \S+ accuracy (\S+) %", stored) == row["accuracies"].split()
 
 
 def test_another_row_changes_the_tables():
     """So that the test above fails until README follows."""
-    ours = [row for row in ROWS if row["variant"] == "ours"]
-    changed = [row | {"last": "99.00"} if row is ours[0] else row for row in ROWS]
+    ours = [row for row in ROWS if (row["split"], row["settings"]) == ("60k/test", accuracy.settings({}))]
+    other = {"last": "99.00", "accuracies": f"{ours[0]['accuracies'][:-5]}99.00"}
+    changed = [row | other if row is ours[0] else row for row in ROWS]
     before, after = list(accuracy.tables(ROWS)), list(accuracy.tables(changed))
     assert [x != y for x, y in zip(before, after, strict=True)] == [True, True, True, False]
