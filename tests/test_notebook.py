@@ -83,7 +83,7 @@ def test_readme_shows_the_curves_of_the_stored_run():
 
 
 def test_readme_shows_ladder_and_ablation():
-    pictures = [cell.outputs[-1].data["image/png"] for cell in ABLATION_CODE[4:6]]
+    pictures = [cell.outputs[-1].data["image/png"] for cell in ABLATION_CODE[5:7]]
     for name, picture in zip(("ladder.png", "ablation.png"), pictures, strict=True):
         assert (ROOT / "notebooks" / name).read_bytes() == base64.b64decode(picture)
         assert f"(notebooks/{name})" in (ROOT / "README.md").read_text()
@@ -169,8 +169,8 @@ def test_ablation_follows_the_rows(tmp_path):
     rows = (ROOT / "studies" / "results" / "accuracy.csv").read_text().splitlines(keepends=True)
     first = next(i for i, row in enumerate(rows) if row.startswith("ours,60k/test,"))
     (tmp_path / "accuracy.csv").write_text("".join(rows[:first] + rows[first + 1 :]))
-    cells, error = run(tmp_path, *(cell.source for cell in ABLATION_CODE[:2]))
-    assert not error and text_of(cells[1]) != text_of(ABLATION_CODE[1])
+    cells, error = run(tmp_path, *(cell.source for cell in ABLATION_CODE[:3]))
+    assert not error and text_of(cells[2]) != text_of(ABLATION_CODE[2])
 
 
 def test_ablation_without_the_rows_says_what_is_missing(tmp_path):
