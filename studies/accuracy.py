@@ -384,7 +384,7 @@ def tables(rows):
                 continue
             mean = statistics.mean(values)
             error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
-            difference = "" if base is None else f"{mean - base:+.2f}"
+            difference = "" if base is None else f"{round(mean - base, 2) + 0.0:+.2f}"
             lines.append(f"| {name} | {len(values)} | {mean:.2f}{error} | {difference} |")
             if study is LADDER or base is None:
                 base = mean
