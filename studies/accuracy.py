@@ -349,18 +349,22 @@ def run(jobs, path, address=None, data=None, share=8):
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
+def rows_of(rows, split, changes):
+    """Return the rows with these changes, in the order of their seeds."""
+    of = split, settings(changes)
+    return sorted((row for row in rows if (row["split"], row["settings"]) == of), key=lambda row: int(row["seed"]))
+
+
 def finals(rows, split, changes, kind="accuracies"):
     """Return what the rows with these changes read at the last epoch, in the order of their seeds."""
     if changes == UNAVERAGED:
         changes, kind = {}, "raw accuracies"
-    of = settings(changes)
-    rows = sorted((row for row in rows if (row["split"], row["settings"]) == (split, of)), key=lambda r: int(r["seed"]))
-    return [float(row[kind].split()[-1]) for row in rows]
+    return [float(row[kind].split()[-1]) for row in rows_of(rows, split, changes)]
 
 
 def tables(rows):
     """Yield what README.md says of the rows: the report, the ladder, the ablation, the choice."""
-    ours = [row for row in rows if (row["split"], row["settings"]) == ("60k/test", settings({}))]
+    ours = rows_of(rows, "60k/test", {})
     last, lowest = ([float(row[key]) for row in ours] for key in ("last", "lowest of last five"))
     mean = statistics.mean(last)
     lines = ["| 20 epochs, 60,000 images | wanted (%) | measured (%) | |", "|---|---|---|---|"]
