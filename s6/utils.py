@@ -564,7 +564,7 @@ def classify(model, images):
         ValueError: they are of another shape or type, or there are none.
     """
     images = torch.as_tensor(images)
-    if images.dtype != torch.uint8 or images.shape[1:] not in ((28, 28), (1, 28, 28)):
+    if images.dtype != torch.uint8 or images.shape[1:] not in ((28, 28), (1, 28, 28)) or not len(images):
         raise ValueError(
             f"images must be uint8, from 0 for black to 255, of shape (N, 28, 28) or (N, 1, 28, 28), "
             f"got {tuple(images.shape)} of {images.dtype}"
