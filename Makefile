@@ -66,7 +66,7 @@ ablation: .venv/installed
 	touch $@
 
 .venv/browser: tests/browser-requirements.txt .venv/installed
-	@command -v chromium || { echo "Chromium is missing: install your distribution's package chromium"; exit 1; }
+	@command -v chromium >/dev/null || { echo "Chromium is missing: install your distribution's package chromium"; exit 1; }
 	$(BIN)/python -m pip install --requirement tests/browser-requirements.txt
 	touch $@
 

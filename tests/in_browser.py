@@ -30,9 +30,12 @@ def address(tmp_path, mnist):
         cell["source"] = "".join(cell["source"]).replace("recipe = Recipe()", "recipe = Recipe(epochs=6, lr=0.4)")
     notebook.write_text(json.dumps(content))
     settings = tmp_path / "settings"
-    # All cells stay in the page, wherever it is scrolled to; no question whether to fetch news.
+    # All cells stay in the page, wherever it is scrolled to; no questions, which kernel and whether to fetch news.
     for name, value in {
-        "lab/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+        "lab/@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {
+            "windowingMode": "none",
+            "autoStartDefaultKernel": True,
+        },
         "labconfig/page_config.json": {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}},
     }.items():
         (settings / name).parent.mkdir(parents=True)
@@ -56,18 +59,24 @@ def address(tmp_path, mnist):
 
 @pytest.fixture
 def page():
+    SHOTS.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield browser.new_page(viewport={"width": 1200, "height": 900})
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        yield page
+        page.screenshot(path=SHOTS / "page.png")  # when it failed, too
         browser.close()
 
 
 def test_run_all(address, page):
-    SHOTS.mkdir(parents=True, exist_ok=True)
     page.goto(address)
-    page.get_by_role("menuitem", name="Run", exact=True).click(timeout=60_000)
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     cells = page.locator(".jp-CodeCell")
+    cells.first.wait_for(timeout=120_000)
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(
+        timeout=120_000
+    )  # there is a kernel
+    page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
     training = cells.filter(has_text="checkpoint.resume()")
     bars, deadline = set(), time.monotonic() + 600
     while not (verdict := cells.last.locator(".jp-OutputArea-output")).count():

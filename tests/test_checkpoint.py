@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -324,6 +325,15 @@ def test_the_averaged_weights_come_back_and_classify_as_the_training_tested(batc
     assert not model.training and model is not network
     for same in (batches.images.squeeze(1), batches.images.numpy()):
         assert torch.equal(classify(model, same)[1], probabilities)
+
+
+def test_readme_s_lines_classify(batches, tmp_path, monkeypatch):
+    code = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    training = Training(tmp_path / "checkpoints" / "S6.pt", batches).run()
+    monkeypatch.chdir(tmp_path)
+    names = {"images": batches.images}
+    exec(code, names)
+    assert torch.equal(names["probabilities"], classify(training.averaged, batches.images)[1])
 
 
 def test_weights_of_another_network_are_refused(batches, tmp_path):
