@@ -571,7 +571,7 @@ def classify(model, images):
         )
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)  # none are known: only to fill the place
     device = next(model.parameters()).device
-    probabilities = predict(model, device, TensorLoader(images.view(-1, 1, 28, 28), labels, 250))[0].exp()
+    probabilities = predict(model, device, TensorLoader(images.reshape(-1, 1, 28, 28), labels, 250))[0].exp()
     return probabilities.argmax(1), probabilities
 
 
@@ -627,7 +627,7 @@ class Checkpoint:
         ]
         if changes:
             raise ValueError(f"{name} belongs to other settings ({', '.join(changes)})")
-        if state["finished"]:
+        if state.get("finished"):
             raise ValueError(f"{name} is a finished training")
         try:
             self._restore(state)
@@ -649,9 +649,11 @@ class Checkpoint:
             self._restore(fresh)
             names = (self.path.with_stem(f"{self.path.stem}-unused-{n}") for n in count(1))
             kept = next(name for name in names if not name.exists())
-            with contextlib.suppress(OSError):  # in a folder that cannot be written it stays as it is
+            try:
                 os.replace(self.unfinished, kept)
-            print(f"Training starts anew: {error}. That file is now {kept}.")
+            except OSError:  # in a folder that cannot be written it stays
+                kept = self.unfinished
+            print(f"Training starts anew: {error}. The file is kept as {kept}.")
         else:
             print(f"Going on after epoch {len(self.histories[0])}, kept in {self.unfinished}")
 
@@ -687,7 +689,7 @@ def _read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True) if intact else {}
         plain = isinstance(state, dict) and all(isinstance(x, (str, int, float)) for x in state["settings"].values())
         if not plain or len({*map(len, state["histories"])}) > 1 or "averaged" not in state["parts"]:
-            raise KeyError
+            raise ValueError
     except OSError:
         raise
     except Exception as error:  # torch and zipfile raise many kinds over a file that is none of theirs

@@ -246,7 +246,9 @@ def test_a_file_that_is_no_checkpoint_is_kept_and_training_starts_anew(kind, bat
     training = Training(tmp_path / "S6.pt", batches)
     training.checkpoint.resume()
     said = "S6-unfinished.pt is damaged, or no checkpoint of this project"
-    assert capsys.readouterr().out == f"Training starts anew: {said}. That file is now {tmp_path / 'S6-unused-1.pt'}.\n"
+    assert (
+        capsys.readouterr().out == f"Training starts anew: {said}. The file is kept as {tmp_path / 'S6-unused-1.pt'}.\n"
+    )
     assert (tmp_path / "S6-unused-1.pt").read_bytes() == content and not unfinished.exists()
     assert training.run().histories == whole.histories
     assert not (tmp_path / "attacked").exists(), "nothing in the file was run"
@@ -255,7 +257,7 @@ def test_a_file_that_is_no_checkpoint_is_kept_and_training_starts_anew(kind, bat
         load_averaged(Net(), tmp_path / "S6.pt")
 
 
-class Wider(Net):
+class WithoutBias(Net):
     def __init__(self, dropout):
         super().__init__(dropout)
         self.layers[0][0] = torch.nn.Conv2d(1, 8, 3, bias=False)
@@ -266,7 +268,7 @@ class Wider(Net):
     [
         ({"recipe": Recipe(epochs=3, batch_size=16, lr=0.1)}, "belongs to other settings (lr was 0.2, is 0.1)"),
         ({"seed": 2}, "belongs to other settings (seed was None, is 2)"),
-        ({"net": Wider}, "belongs to another network or training"),
+        ({"net": WithoutBias}, "belongs to another network or training"),
     ],
 )
 def test_another_training_is_kept_and_this_one_starts_from_its_own_start(change, said, batches, tmp_path, capsys):
@@ -276,7 +278,7 @@ def test_another_training_is_kept_and_this_one_starts_from_its_own_start(change,
         training = Training(tmp_path / "S6.pt", batches, **change)
         training.checkpoint.resume()
         kept = tmp_path / f"S6-unused-{n}.pt"
-        expected = f"Training starts anew: S6-unfinished.pt {said}. That file is now {kept}.\n"
+        expected = f"Training starts anew: S6-unfinished.pt {said}. The file is kept as {kept}.\n"
         assert capsys.readouterr().out == expected and kept.exists()
         assert training.run().histories == whole.histories, "nothing of the other training was left behind"
 
@@ -339,6 +341,6 @@ def test_readme_s_lines_classify(batches, tmp_path, monkeypatch):
 def test_weights_of_another_network_are_refused(batches, tmp_path):
     Training(tmp_path / "S6.pt", batches).run()
     with pytest.raises(ValueError, match="^S6.pt belongs to another network$"):
-        load_averaged(Wider(0), tmp_path / "S6.pt")
+        load_averaged(WithoutBias(0), tmp_path / "S6.pt")
     with pytest.raises(FileNotFoundError, match="missing.pt"):
         load_averaged(Net(), tmp_path / "missing.pt")
