@@ -54,8 +54,11 @@ class Net(nn.Module):
         )
 
     def forward(self, images):
-        """Return (B, 10) log-probabilities; raise ValueError unless `images` is (B, 1, 28, 28)."""
+        """Return (B, 10) log-probabilities; raise ValueError unless `images` is (B, 1, 28, 28) of the weights' type."""
         if images.ndim != 4 or images.shape[1:] != (1, 28, 28):
             raise ValueError(f"Net expects images of shape (B, 1, 28, 28), got {tuple(images.shape)}")
+        dtype = self.layers[0][0].weight.dtype
+        if images.dtype != dtype:  # uint8 from a file, float64 from NumPy
+            raise ValueError(f"Net expects normalised images of {dtype}, got {images.dtype}")
         scores = self.layers(images).flatten(1).float()  # autocast to bfloat16 would leave a probability three digits
         return F.log_softmax(scores, dim=1)

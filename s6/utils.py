@@ -15,8 +15,12 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
+from numbers import Integral, Real
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,7 +38,11 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is trained: each hyperparameter, once. `Recipe(epochs=5)` changes one and keeps the rest."""
+    """How the network is trained: each hyperparameter, once. `Recipe(epochs=5)` changes one and keeps the rest.
+
+    Raises:
+        ValueError: one is not a number of its range.
+    """
 
     epochs: int = 20  # the assignment's limit
     batch_size: int = 250  # divides 60,000 and 50,000: every step sees a full batch
@@ -47,6 +55,16 @@ class Recipe:
     translate: float = 1.0  # augmentation: shift along each axis, in pixels of 28; the digits come centred
     scale: float = 0.1  # augmentation: zoom, from 1 - scale to 1 + scale
     shear: float = 10.0  # augmentation: slant, in degrees to either side
+
+    def __post_init__(self):
+        least = {"epochs": 1, "batch_size": 1}
+        below = {"warmup": 1, "momentum": 1, "average": 1, "degrees": 360, "translate": 28, "scale": 1, "shear": 90}
+        for name, value in vars(self).items():
+            kind, low, high = Integral if name in least else Real, least.get(name, 0), below.get(name, math.inf)
+            if not isinstance(value, kind) or not low <= value < high:
+                number = "a whole number" if kind is Integral else "a number"
+                limits = f"of at least {low}" + (f" and below {high}" if name in below else "")
+                raise ValueError(f"{name} must be {number} {limits}, got {value!r}")
 
     def augment(self, images, generator):
         """`random_affine` at this recipe's strengths."""
@@ -409,16 +427,25 @@ def mnist_loaders(
 
 
 def _checked(labels, output):
-    """Return `labels`; raise ValueError where one has no class among the outputs.
+    """Return `labels`; raise ValueError where they are not class numbers, or one has no class among the outputs.
 
     On a GPU such a label would be an assertion inside a kernel, and the process good for nothing afterwards. Labels
     are looked at while they are on the host; once they are on a GPU, reading them would wait for it at every step.
     """
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise ValueError(f"labels must be class numbers of shape (B,), got {tuple(labels.shape)} of {labels.dtype}")
     if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < output.shape[1]:
         raise ValueError(
             f"labels must lie in 0..{output.shape[1] - 1}, got {labels.min().item()} to {labels.max().item()}"
         )
     return labels
+
+
+def _mean_loss(criterion, output, labels):
+    loss = criterion(output, labels)
+    if loss.ndim:
+        raise ValueError(f"the criterion must return one number, the mean loss, not {len(loss)}: reduction='mean'")
+    return loss
 
 
 def _finite(loss, name):
@@ -446,7 +473,8 @@ def train(
         The two lists.
 
     Raises:
-        ValueError: the loader is empty, or a label on the host is not a class.
+        ValueError: the loader is empty, the labels are not class numbers (on a GPU only their shape and type are
+            looked at), or the criterion does not reduce its loss to a mean.
         FloatingPointError: the loss is not finite. The histories keep what they had.
     """
     train_losses = [] if train_losses is None else train_losses
@@ -465,7 +493,7 @@ def train(
         for images, labels in train_loader:
             output = model(images.to(device, non_blocking=True))
             labels = _checked(labels, output).to(device, non_blocking=True)
-            loss = criterion(output, labels)
+            loss = _mean_loss(criterion, output, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -494,7 +522,7 @@ def predict(model, device, loader):
     Puts the model in evaluation mode, which leaves weights and BatchNorm statistics alone.
 
     Raises:
-        ValueError: the loader is empty, or a label on the host is not a class.
+        ValueError: the loader is empty, or the labels are not class numbers, as in `train`.
     """
     model.eval()
     outputs, targets = [], []
@@ -516,7 +544,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
     test_losses = [] if test_losses is None else test_losses
     test_acc = [] if test_acc is None else test_acc
     outputs, labels = predict(model, device, test_loader)
-    loss = _finite(criterion(outputs, labels).item(), "test")
+    loss = _finite(_mean_loss(criterion, outputs, labels).item(), "test")
     test_losses.append(loss)
     # Counted, then divided: a mean of float32 makes 9,940 of 10,000 more than 99.4 %.
     test_acc.append(100 * (outputs.argmax(1) == labels).sum().item() / len(labels))
@@ -525,6 +553,168 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
 
 test.__test__ = False  # for pytest: a function of the product, whatever its name
 
+
+def classify(model, images):
+    """Return `(labels, probabilities)`, (N,) int64 and (N, 10), of images as MNIST has them.
+
+    Args:
+        images: (N, 28, 28) or (N, 1, 28, 28) uint8, a tensor or an array: white strokes, 255, on black, 0.
+
+    Raises:
+        ValueError: they are of another shape or type, or there are none.
+    """
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8 or images.shape[1:] not in ((28, 28), (1, 28, 28)) or not len(images):
+        raise ValueError(
+            f"images must be uint8, from 0 for black to 255, of shape (N, 28, 28) or (N, 1, 28, 28), "
+            f"got {tuple(images.shape)} of {images.dtype}"
+        )
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)  # none are known: only to fill the place
+    device = next(model.parameters()).device
+    probabilities = predict(model, device, TensorLoader(images.reshape(-1, 1, 28, 28), labels, 250))[0].exp()
+    return probabilities.argmax(1), probabilities
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoint:
+    """A training in a file, written after each epoch, so that one that was killed can go on where it stood.
+
+    On the same machine the finished training then equals one that was never killed, bit for bit. The file is named
+    like `path` with "-unfinished" added, and `path` itself once the last epoch is over. A finished one is never taken
+    up: it is what `load_averaged` reads.
+
+    Args:
+        path: of the finished training; the folder is made where it is missing.
+        settings: dict of numbers and texts, the recipe and whatever else must be equal for a training to go on.
+        histories: lists of numbers, such as the losses and accuracies; `resume` fills them in place.
+        generator: the loader's `torch.Generator`. Torch's own generators, of CPU and current GPU, are kept as well.
+        parts: whatever has `state_dict` and `load_state_dict`: model, averaged, optimizer, scheduler.
+    """
+
+    def __init__(self, path, settings, histories, generator, **parts):
+        self.path = Path(path).expanduser()
+        self.unfinished = self.path.with_stem(f"{self.path.stem}-unfinished")
+        self.settings, self.histories, self.generator, self.parts = settings, histories, generator, parts
+        self.warned = False
+
+    def _state(self, finished=False):
+        return {
+            "finished": finished,
+            "settings": self.settings,
+            "histories": [list(history) for history in self.histories],
+            "generators": [self.generator.get_state(), torch.get_rng_state()],
+            "gpu generator": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+
+    def _restore(self, state):
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.generator.set_state(state["generators"][0])
+        torch.set_rng_state(state["generators"][1])
+        if state["gpu generator"] is not None:
+            torch.cuda.set_rng_state(state["gpu generator"])
+        for history, saved in zip(self.histories, state["histories"], strict=True):
+            history[:] = saved
+
+    def _take_up(self, name):
+        state = _read_checkpoint(self.unfinished)
+        saved, now = state["settings"], self.settings
+        changes = [
+            f"{key} was {saved.get(key)}, is {now.get(key)}" for key in saved | now if saved.get(key) != now.get(key)
+        ]
+        if changes:
+            raise ValueError(f"{name} belongs to other settings ({', '.join(changes)})")
+        if state.get("finished"):
+            raise ValueError(f"{name} is a finished training")
+        try:
+            self._restore(state)
+        except Exception as error:
+            raise ValueError(f"{name} belongs to another network or training") from error
+
+    def resume(self):
+        """Go on with the unfinished training, if there is one that fits, and say so.
+
+        One that does not fit or cannot be read is kept under another name; this and the reason are printed, and
+        everything is as it was before.
+        """
+        if not self.unfinished.exists():
+            return
+        fresh = copy.deepcopy(self._state())
+        try:
+            self._take_up(self.unfinished.name)
+        except (ValueError, OSError) as error:
+            self._restore(fresh)
+            names = (self.path.with_stem(f"{self.path.stem}-unused-{n}") for n in count(1))
+            kept = next(name for name in names if not name.exists())
+            try:
+                os.replace(self.unfinished, kept)
+            except OSError:  # in a folder that cannot be written it stays
+                kept = self.unfinished
+            print(f"Training starts anew: {error}. The file is kept as {kept}.")
+        else:
+            print(f"Going on after epoch {len(self.histories[0])}, kept in {self.unfinished}")
+
+    def save(self, finished=False):
+        """Write the state, whole or not at all. Where that fails warn, once, and let the training go on."""
+        path = self.path if finished else self.unfinished
+        temporary = path.with_name(f"{path.name}.partial")
+        content = io.BytesIO()
+        torch.save(self._state(finished), content)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:  # when it was interrupted, too
+                temporary.unlink(missing_ok=True)
+            if finished:
+                self.unfinished.unlink(missing_ok=True)
+        except OSError as error:
+            if not self.warned:
+                warnings.warn(f"the training goes on, but is not saved: {error}", stacklevel=2)
+            self.warned = True
+
+
+def _read_checkpoint(path):
+    """Return what `Checkpoint` wrote; raise ValueError where the file is damaged or something else."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself takes changed bytes for numbers
+            intact = archive.testzip() is None
+        state = torch.load(path, map_location="cpu", weights_only=True) if intact else {}
+        plain = isinstance(state, dict) and all(isinstance(x, (str, int, float)) for x in state["settings"].values())
+        if not plain or len({*map(len, state["histories"])}) > 1 or "averaged" not in state["parts"]:
+            raise ValueError
+    except OSError:
+        raise
+    except Exception as error:  # torch and zipfile raise many kinds over a file that is none of theirs
+        raise ValueError(f"{path.name} is damaged, or no checkpoint of this project") from error
+    return state
+
+
+def load_averaged(model, path):
+    """Return a copy of `model` with the averaged weights of a checkpoint, in evaluation mode.
+
+    The file can hold nothing that runs: it is read with `weights_only=True`.
+
+    Raises:
+        FileNotFoundError: it is not there: train to the last epoch first.
+        ValueError: it is damaged, no checkpoint, or of another network.
+    """
+    path = Path(path).expanduser()
+    averaged = AveragedModel(model, use_buffers=True)
+    try:
+        averaged.load_state_dict(_read_checkpoint(path)["parts"]["averaged"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{path.name} belongs to another network") from error
+    return averaged.module.eval()
+
+
 # ---------------------------------------------------------------------------------------------------------- pictures
 # Each returns a matplotlib Figure, closed for pyplot: as the last line of a cell it is shown once.
 
@@ -532,21 +722,20 @@ test.__test__ = False  # for pytest: a function of the product, whatever its nam
 def plot_curves(train_losses, train_acc, test_losses, test_acc):
     """Draw loss and accuracy of both sets against the epoch, with 99.4 % as a line and the last values written.
 
-    The accuracy axis shows what is near the goal; the first epochs of training may lie below it. Raises ValueError
-    where a history is empty.
+    The accuracy axis shows what is near the goal; the first epochs of training may lie below it. Before the first
+    epoch is over the axes are empty.
     """
-    if not all((train_losses, train_acc, test_losses, test_acc)):
-        raise ValueError("no epoch is over yet: there is nothing to draw")
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for label, losses, accuracies in (("train", train_losses, train_acc), ("test", test_losses, test_acc)):
-        left.plot(range(1, len(losses) + 1), losses, ".-", label=f"{label}, last {losses[-1]:.4f}")
-        right.plot(range(1, len(accuracies) + 1), accuracies, ".-", label=f"{label}, last {accuracies[-1]:.2f} %")
+        loss, accuracy = (f", last {losses[-1]:.4f}", f", last {accuracies[-1]:.2f} %") if accuracies else ("", "")
+        left.plot(range(1, len(losses) + 1), losses, ".-", label=label + loss)
+        right.plot(range(1, len(accuracies) + 1), accuracies, ".-", label=label + accuracy)
     right.axhline(99.4, color="gray", linestyle="--", label="goal, 99.4 %")
     left.set(xlabel="epoch", ylabel="loss (negative log-likelihood)", yscale="log", title="Loss")
     left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("")
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(min(97.4, *test_acc), 100), title="Accuracy")
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(min([97.4, *test_acc]), 100), title="Accuracy")
     for axes, corner in ((left, "upper right"), (right, "lower right")):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

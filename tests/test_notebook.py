@@ -4,6 +4,7 @@ import ast
 import base64
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,10 @@ def place(start):
     return next(i for i, source in enumerate(SOURCES) if re.search(f"^{re.escape(start)}", source, re.MULTILINE))
 
 
-SETTINGS, LOADERS, TRAINING, CURVES = map(place, ("recipe =", "train_loader, test_loader", "for epoch", "plot_curves"))
+IMPORTS, SETTINGS, LOADERS, TRAINING, CURVES = map(
+    place, ("from model import", "recipe =", "train_loader, test_loader", "checkpoint = ", "plot_curves")
+)
+REPOSITORY = re.search('^REPOSITORY = "(.*)"$', SOURCES[0], re.MULTILINE)[1]
 
 
 def text_of(cell):
@@ -103,6 +107,15 @@ def test_readme_s_example_runs(batches, monkeypatch, capsys):
 # -------------------------------------------------------------------------------------------------------- the ways in
 
 
+def shortened(*sources):
+    """The same cells for one epoch of a thousand images."""
+    few = "\nfor loader in (train_loader, test_loader):\n    loader.images, loader.labels = loader.images[:1000], "
+    sources = [source.replace("recipe = Recipe()", "recipe = Recipe(epochs=1)") for source in sources]
+    if len(sources) > LOADERS:
+        sources[LOADERS] += few + "loader.labels[:1000]"
+    return sources
+
+
 def run(cwd, *sources, **env):
     """Run cells in a fresh kernel that sits in `cwd`; return them, and the error that stopped them, if any."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
@@ -113,55 +126,141 @@ def run(cwd, *sources, **env):
         with contextlib.suppress(CellExecutionError):
             client.execute()
     errors = [f"{o.ename}: {o.evalue}" for cell in notebook.cells for o in cell.outputs if o.output_type == "error"]
+    assert not [o for cell in notebook.cells for o in cell.outputs if o.get("name") == "stderr"]
     return notebook.cells, "".join(errors)
 
 
-@pytest.fixture
-def flat(tmp_path):
+def trained(cells):
+    """Whether the training's cell got to the end of its one epoch, and left nothing of the bar."""
+    return re.search(r"(^|\r)epoch  1: train loss .*\n$", text_of(cells[TRAINING]))
+
+
+def copy_modules(folder):
+    folder.mkdir(exist_ok=True)
     for name in ("model.py", "utils.py"):
-        shutil.copy(ROOT / "s6" / name, tmp_path)
+        shutil.copy(ROOT / "s6" / name, folder)
+    return folder
+
+
+@pytest.fixture
+def place_of_images(tmp_path, mnist):
+    """An empty folder but for the images."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
     return tmp_path
 
 
-@pytest.mark.parametrize("folder", [ROOT, ROOT / "notebooks"], ids=["root", "notebooks"])
-def test_from_a_checkout(folder, mnist):
-    cells, error = run(folder, *SOURCES[: LOADERS + 1])
-    assert not error
-    assert text_of(cells[LOADERS]) == "60,000 training images, 10,000 test images\n"
-    assert not (ROOT / "notebooks" / "data").exists()
+@pytest.fixture
+def flat(place_of_images):
+    return copy_modules(place_of_images)
 
 
-def test_flat_in_an_empty_folder_up_to_the_last_cell(flat, mnist):
+@pytest.fixture
+def colab(tmp_path_factory):
+    """The environment of a stand-in for Colab, where the notebook's repository is a local one that has the project."""
+    repository = tmp_path_factory.mktemp("repository")
+    copy_modules(repository / "s6")
+    (repository / "studies" / "results").mkdir(parents=True)
+    shutil.copy(ROOT / "studies" / "results" / "accuracy.csv", repository / "studies" / "results")
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-C", repository]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "The project"]):
+        subprocess.run([*git, *command], check=True)
+    return in_colab(repository)
+
+
+def in_colab(repository, uploads=(), drive=""):
+    """The stand-in's environment: git takes `repository` for the address in the notebook, the dialog for `uploads`."""
+    return {
+        "PYTHONPATH": COLAB, "S6_UPLOADS": os.pathsep.join(map(str, uploads)), "S6_DRIVE": drive,
+        "GIT_CONFIG_COUNT": 1, "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
+        "GIT_CONFIG_VALUE_0": REPOSITORY,
+    }  # fmt: skip
+
+
+MODULES = [ROOT / "s6" / name for name in ("model.py", "utils.py")]
+
+
+@pytest.mark.parametrize("folder", ["", "notebooks"], ids=["root", "notebooks"])
+def test_from_a_checkout(folder, place_of_images):
+    copy_modules(place_of_images / "s6")
+    (place_of_images / "notebooks").mkdir()
+    cells, error = run(place_of_images / folder, *shortened(*SOURCES[: TRAINING + 1]))
+    assert not error and trained(cells)
+    assert (place_of_images / "checkpoints" / "S6.pt").is_file()
+    assert not list((place_of_images / "notebooks").iterdir())
+
+
+def test_flat_in_an_empty_folder_up_to_the_last_cell(flat):
     """Every cell, with a thousand images and one epoch: too little for the goal, and the verdict has to say so."""
-    (flat / "data").symlink_to(ROOT / "data")
-    sources = SOURCES.copy()
-    sources[SETTINGS] = sources[SETTINGS].replace("recipe = Recipe()", "recipe = Recipe(epochs=1)")
-    sources[LOADERS] += (
-        "\ntrain_loader.images, train_loader.labels = train_loader.images[:1000], train_loader.labels[:1000]"
+    cells, error = run(flat, *shortened(*SOURCES))
+    assert re.match(r"AssertionError: \d\d?\.\d\d? % at the last epoch: the goal, more than 99.4 %, is missed", error)
+    assert trained(cells)
+
+
+def test_in_colab_the_modules_come_from_the_repository(place_of_images, colab):
+    cells, error = run(place_of_images, *shortened(*SOURCES[: TRAINING + 1]), **colab)
+    assert not error and trained(cells) and not text_of(cells[0])
+    assert [(place_of_images / path.name).read_bytes() for path in MODULES] == [path.read_bytes() for path in MODULES]
+    assert sorted(path.name for path in place_of_images.iterdir() if not path.name.startswith("__")) == [
+        "checkpoints", "data", "model.py", "utils.py",
+    ], "nothing of the clone is left"  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["", os.environ["PATH"]], ids=["no git", "no repository"])
+def test_in_colab_without_the_repository_it_asks_for_both_files(path, place_of_images):
+    cells, error = run(
+        place_of_images, *shortened(*SOURCES[: TRAINING + 1]), **in_colab("/nowhere", MODULES), PATH=path
     )
-    cells, error = run(flat, *sources)
-    assert re.match(r"AssertionError: \d\d?\.\d\d % at the last epoch: the goal, more than 99.4 %, is missed", error)
-    assert text_of(cells[TRAINING]).split("\r")[-1].startswith("epoch  1: train loss"), (
-        "the bar is gone, the line is there"
+    assert not error and trained(cells)
+    asked = f"They could not be fetched from {REPOSITORY}. Please choose model.py and utils.py\n"
+    assert text_of(cells[0]).startswith(asked)
+
+
+@pytest.mark.parametrize(("chosen", "lacking"), [([], "model.py and utils.py"), (MODULES[:1], "utils.py")])
+def test_in_colab_when_the_dialog_gives_too_little_it_says_so(chosen, lacking, tmp_path):
+    _, error = run(tmp_path, SOURCES[0], **in_colab("/nowhere", chosen))
+    assert error == (
+        f"FileNotFoundError: {lacking} not found beside this notebook or in a folder s6: put them there and run again"
     )
 
 
-def test_in_colab_it_asks_for_both_files(tmp_path):
-    """The stand-in uploads what `S6_UPLOADS` holds."""
-    cells, error = run(tmp_path, *SOURCES[: SETTINGS + 1], PYTHONPATH=COLAB, S6_UPLOADS=ROOT / "s6")
+def test_in_colab_a_second_upload_takes_effect(place_of_images, colab, tmp_path_factory):
+    """Of one module only, of its old length, within the same second and under the name that the dialog gives it."""
+    mended = tmp_path_factory.mktemp("mended") / "model.py"
+    mended.write_text((ROOT / "s6" / "model.py").read_text().replace("Classify 28", "Mended   28"))
+    again = "from google.colab import files\nfiles.upload()"
+    first = shortened(*SOURCES[: TRAINING + 1])
+    cells, error = run(place_of_images, *first, again, *first, "print(Net.__doc__)", **colab | {"S6_UPLOADS": mended})
     assert not error
-    assert re.findall("Please choose .*", text_of(cells[0])) == ["Please choose model.py", "Please choose utils.py"]
-    assert (tmp_path / "model.py").read_bytes() == (ROOT / "s6" / "model.py").read_bytes()
-    assert "'epochs': 20" in cells[SETTINGS].outputs[0].data["text/plain"]
+    assert "Saving model.py to model (1).py" in text_of(cells[len(first)])
+    assert text_of(cells[-1]).startswith("Mended")
+    assert trained(cells[len(first) + 1 :]) and not (place_of_images / "model (1).py").exists()
+    assert (place_of_images / "model.py").read_bytes() == mended.read_bytes()
 
 
-@pytest.mark.parametrize("way", ["beside", "asked for"])
-def test_ablation_in_an_empty_folder(way, tmp_path):
-    """With the rows beside it, and in Colab, where it asks for them: the same outputs as those stored."""
+def test_in_colab_a_lost_runtime_goes_on_from_the_drive(tmp_path_factory, colab, mnist):
+    """Images and checkpoint lie on the Drive; the second runtime has nothing else."""
+    drive, *runtimes = (tmp_path_factory.mktemp(name) for name in ("drive", "first", "second"))
+    (drive / "MyDrive" / "S6").mkdir(parents=True)
+    (drive / "MyDrive" / "S6" / "data").symlink_to(ROOT / "data")
+    sources = shortened(*SOURCES[: TRAINING + 1])
+    sources[SETTINGS] = sources[SETTINGS].replace("DRIVE = False", "DRIVE = True").replace("epochs=1", "epochs=2")
+    lost = sources[TRAINING].replace("checkpoint.save(", "assert epoch == 1, 'lost'; checkpoint.save(")
+    _, error = run(runtimes[0], *sources[:TRAINING], lost, **colab | {"S6_DRIVE": drive})
+    assert error == "AssertionError: lost"
+    cells, error = run(runtimes[1], *sources, **colab | {"S6_DRIVE": drive})
+    assert not error and "Going on after epoch 1, kept in " in text_of(cells[TRAINING])
+    assert [path.name for path in (drive / "MyDrive" / "S6" / "checkpoints").iterdir()] == ["S6.pt"]
+    assert "data" not in {path.name for path in runtimes[1].iterdir()}
+
+
+@pytest.mark.parametrize("way", ["beside", "fetched", "asked for"])
+def test_ablation_in_an_empty_folder(way, tmp_path, colab):
+    """With the rows beside it, and in Colab, which fetches them or asks for them: the same outputs as those stored."""
+    rows = ROOT / "studies" / "results" / "accuracy.csv"
     if way == "beside":
-        shutil.copy(ROOT / "studies" / "results" / "accuracy.csv", tmp_path)
+        shutil.copy(rows, tmp_path)
     sources = [cell.source for cell in ABLATION_CODE]
-    cells, error = run(tmp_path, *sources, PYTHONPATH=COLAB, S6_UPLOADS=ROOT / "studies" / "results")
+    cells, error = run(tmp_path, *sources, **in_colab("/nowhere", [rows]) if way == "asked for" else colab)
     assert not error
     assert ("Please choose accuracy.csv" in text_of(cells[0])) == (way == "asked for")
     assert [text_of(cell) for cell in cells[1:]] == [text_of(cell) for cell in ABLATION_CODE[1:]]
@@ -178,12 +277,12 @@ def test_ablation_follows_the_rows(tmp_path):
 
 def test_ablation_without_the_rows_says_what_is_missing(tmp_path):
     _, error = run(tmp_path, ABLATION_CODE[0].source)
-    assert error.startswith("FileNotFoundError: accuracy.csv lies neither beside this notebook nor in")
+    assert error.startswith("FileNotFoundError: accuracy.csv not found beside this notebook or in studies/results")
 
 
 def test_without_the_modules_and_without_colab_it_says_what_is_missing(tmp_path):
     _, error = run(tmp_path, SOURCES[0])
-    assert error.startswith("FileNotFoundError: model.py and utils.py lie neither beside this notebook nor in")
+    assert error.startswith("FileNotFoundError: model.py and utils.py not found beside this notebook or in a folder s6")
 
 
 @pytest.mark.parametrize(
@@ -193,14 +292,15 @@ def test_without_the_modules_and_without_colab_it_says_what_is_missing(tmp_path)
 def test_an_error_inside_a_module_is_shown_as_it_is(line, said, flat):
     with (flat / "model.py").open("a") as file:
         file.write(f"{line}\n")
-    cells, error = run(flat, SOURCES[0], PYTHONPATH=COLAB, S6_UPLOADS=ROOT / "s6")
+    cells, error = run(flat, *SOURCES[: IMPORTS + 1], **in_colab("/nowhere", MODULES))
     assert error.startswith(said) and "Please choose" not in text_of(cells[0])
     assert line in (flat / "model.py").read_text(), "nothing was uploaded over it"
 
 
 def test_running_the_cell_again_takes_the_changed_module(flat):
     change = "Path('model.py').write_text(Path('model.py').read_text() + '\\nANSWER = 42\\n')"
-    cells, error = run(flat, SOURCES[0], change, SOURCES[0], "import model; print(model.ANSWER)")
+    imports = SOURCES[: IMPORTS + 1]
+    cells, error = run(flat, *imports, change, *imports, "import model; print(model.ANSWER)")
     assert not error and text_of(cells[-1]) == "42\n"
 
 
