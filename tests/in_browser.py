@@ -40,21 +40,25 @@ def address(tmp_path, mnist):
     }.items():
         (settings / name).parent.mkdir(parents=True)
         (settings / name).write_text(json.dumps(value))
-    folders = {f"JUPYTERLAB_{kind}_DIR": str(settings / kind.lower()) for kind in ("WORKSPACES",)}
-    folders |= {"JUPYTERLAB_SETTINGS_DIR": str(settings / "lab"), "JUPYTER_CONFIG_DIR": str(settings)}
+    folders = {
+        "JUPYTERLAB_WORKSPACES_DIR": str(settings / "workspaces"),
+        "JUPYTERLAB_SETTINGS_DIR": str(settings / "lab"),
+        "JUPYTER_CONFIG_DIR": str(settings),
+    }
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0", "--ip=127.0.0.1"]
-    server = subprocess.Popen(
-        [*command, "--IdentityProvider.token=S6"], cwd=tmp_path, env=os.environ | folders,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in server.stderr:
-        if found := re.search(r"http://127\.0\.0\.1:\d+/lab", line):
-            break
-    else:
-        pytest.fail("JupyterLab did not start")
-    yield f"{found[0]}/tree/notebooks/S6.ipynb?token=S6"
-    server.terminate()
-    server.communicate(timeout=30)
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        server = subprocess.Popen(
+            [*command, "--IdentityProvider.token=S6"], cwd=tmp_path, env=os.environ | folders, stderr=file
+        )
+    try:
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+/lab", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.2)
+        yield f"{found[0]}/tree/notebooks/S6.ipynb?token=S6"
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 @pytest.fixture
@@ -72,18 +76,14 @@ def test_run_all(address, page):
     page.goto(address)
     cells = page.locator(".jp-CodeCell")
     cells.first.wait_for(timeout=120_000)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").first.wait_for(
-        timeout=120_000
-    )  # there is a kernel
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=120_000)  # in the status bar; before, nothing runs
     page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
     training = cells.filter(has_text="checkpoint.resume()")
     bars, deadline = set(), time.monotonic() + 600
     while not (verdict := cells.last.locator(".jp-OutputArea-output")).count():
         assert time.monotonic() < deadline, "the notebook did not come to its end in ten minutes"
-        text = (
-            training.locator(".jp-OutputArea").first.inner_text() if training.locator(".jp-OutputArea").count() else ""
-        )
+        text = " ".join(training.locator(".jp-OutputArea").all_inner_texts())
         if (bar := re.search(r"epoch \d+: +(\d+)%\|", text)) and bar[0] not in bars:
             bars.add(bar[0])
             if len(bars) == 5:
