@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTHON313 ?= python3.13
 BIN := .venv/bin
-NBCONVERT := $(BIN)/python -m nbconvert --log-level=WARN
+NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
 
 .PHONY: run test test-browser test-colab badge stored ablation clean
 
