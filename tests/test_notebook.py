@@ -218,9 +218,7 @@ def test_in_colab_without_the_repository_it_asks_for_both_files(path, place_of_i
 @pytest.mark.parametrize(("chosen", "lacking"), [([], "model.py and utils.py"), (MODULES[:1], "utils.py")])
 def test_in_colab_when_the_dialog_gives_too_little_it_says_so(chosen, lacking, tmp_path):
     _, error = run(tmp_path, SOURCES[0], **in_colab("/nowhere", chosen))
-    assert error == (
-        f"FileNotFoundError: {lacking} not found beside this notebook or in a folder s6: put them there and run again"
-    )
+    assert error == (f"FileNotFoundError: Put {lacking} beside this notebook or into a folder s6, then run again")
 
 
 def test_in_colab_a_second_upload_takes_effect(place_of_images, colab, tmp_path_factory):
@@ -277,12 +275,12 @@ def test_ablation_follows_the_rows(tmp_path):
 
 def test_ablation_without_the_rows_says_what_is_missing(tmp_path):
     _, error = run(tmp_path, ABLATION_CODE[0].source)
-    assert error.startswith("FileNotFoundError: accuracy.csv not found beside this notebook or in studies/results")
+    assert error.startswith("FileNotFoundError: Put accuracy.csv beside this notebook or into studies/results")
 
 
 def test_without_the_modules_and_without_colab_it_says_what_is_missing(tmp_path):
     _, error = run(tmp_path, SOURCES[0])
-    assert error.startswith("FileNotFoundError: model.py and utils.py not found beside this notebook or in a folder s6")
+    assert error.startswith("FileNotFoundError: Put model.py and utils.py beside this notebook or into a folder s6")
 
 
 @pytest.mark.parametrize(
