@@ -130,6 +130,7 @@ ABLATION = {
     "no moving average": UNAVERAGED,
     "no augmentation": {"augment": "none"},
     "no BatchNorm": {"net": "no BatchNorm"},
+    "no BatchNorm, a tenth of the rate": {"net": "no BatchNorm", "lr": 0.02},
     "constant rate": {"schedule": "constant"},
     "no 1×1 transition": {"net": "no transition"},
     "linear layer for the global average": {"net": "linear layer"},
