@@ -7,7 +7,7 @@ NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
 .PHONY: run test test-browser test-colab badge stored ablation clean
 
 run: .venv/installed
-	@echo "Running notebooks/S6.ipynb, 20 epochs: minutes on a CPU, less on a GPU. Nothing is printed meanwhile."
+	@echo "Running notebooks/S6.ipynb, 20 epochs: minutes on a CPU. Nothing is printed meanwhile."
 	@# With errors allowed, so that a missed goal can be looked at; the grep below fails where the verdict is missing.
 	$(NBCONVERT) --execute --allow-errors --to notebook --output-dir build \
 		--ExecutePreprocessor.record_timing=False notebooks/S6.ipynb

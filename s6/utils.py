@@ -50,7 +50,7 @@ class Recipe:
     warmup: float = 0.2  # share of the steps in which the rate climbs to its peak, before it falls to zero
     momentum: float = 0.9  # Nesterov's
     weight_decay: float = 5e-4  # on the convolutions' weights only: biases and BatchNorm have nothing to shrink for
-    average: float = 0.998  # decay a step of the moving average of the weights: it spans 500 steps, two epochs
+    average: float = 0.998  # decay per step of the moving average of the weights: it spans 500 steps, two epochs
     degrees: float = 10.0  # augmentation: rotation, to either side
     translate: float = 1.0  # augmentation: shift along each axis, in pixels of 28; the digits come centred
     scale: float = 0.1  # augmentation: zoom, from 1 - scale to 1 + scale
@@ -226,6 +226,7 @@ class _Sharded(torch.autograd.Function):
             with torch.autocast("cpu", parallel.dtype, parallel.dtype != torch.float32, cache_enabled=False):
                 return replica(shard)
 
+        # Autograd is off in this thread, but on in the pool's: there each shard records a graph of its own.
         ctx.map, ctx.weights = parallel.pool.map, weights
         ctx.outputs = list(ctx.map(run, parallel.replicas, images.chunk(len(parallel.replicas))))
         return torch.cat(ctx.outputs)
@@ -581,9 +582,9 @@ def classify(model, images):
 class Checkpoint:
     """A training in a file, written after each epoch, so that one that was killed can go on where it stood.
 
-    On the same machine the finished training then equals one that was never killed, bit for bit. The file is named
-    like `path` with "-unfinished" added, and `path` itself once the last epoch is over. A finished one is never taken
-    up: it is what `load_averaged` reads.
+    On the same CPU the finished training then equals one that was never killed, bit for bit. The file is named like
+    `path` with "-unfinished" added, and `path` itself once the last epoch is over. A finished one is never taken up: it
+    is what `load_averaged` reads.
 
     Args:
         path: of the finished training; the folder is made where it is missing.

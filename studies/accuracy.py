@@ -5,7 +5,7 @@
     .venv/bin/python studies/accuracy.py reporting --seeds 6  # the frozen recipe, on 60k/test
     .venv/bin/python studies/accuracy.py ladder --seeds 2     # from the course's recipe to ours, step by step
     .venv/bin/python studies/accuracy.py ablation --seeds 2   # ours with one thing changed
-    .venv/bin/python studies/accuracy.py tables               # the tables of README.md, from the stored rows
+    .venv/bin/python studies/accuracy.py tables               # of README.md and studies/README.md, from the rows
 
 A trial trains one variant from one seed. It becomes a row of results/accuracy.csv when it ends; a trial that has its
 row is not run again. Ray runs the trials, one on each core (`--share` of them on a GPU), on this machine or, with
@@ -364,7 +364,7 @@ def finals(rows, split, changes, kind="accuracies"):
 
 
 def tables(rows):
-    """Yield what README.md says of the rows: the report, the ladder, the ablation, the choice."""
+    """Yield the tables of report, ladder and ablation, for README.md, and of the choice, for studies/README.md."""
     ours = rows_of(rows, "60k/test", {})
     last, lowest = ([float(row[key]) for row in ours] for key in ("last", "lowest of last five"))
     mean = statistics.mean(last)
@@ -389,8 +389,10 @@ def tables(rows):
                 continue
             mean = statistics.mean(values)
             error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
-            difference = "" if base is None else f"{round(mean - base, 2) + 0.0:+.2f}"
-            lines.append(f"| {name} | {len(values)} | {mean:.2f}{error} | {difference} |")
+            shown, difference = f"{mean:.2f}{error}", "" if base is None else f"{round(mean - base, 2) + 0.0:+.2f}"
+            if max(values) - min(values) > 1:  # some learned and others did not: the mean describes none of them
+                shown, difference = ", ".join(f"{x:.2f}" for x in values), ""
+            lines.append(f"| {name} | {len(values)} | {shown} | {difference} |")
             if study is LADDER or base is None:
                 base = mean
         yield "\n".join(lines)

@@ -428,7 +428,7 @@ def measure(path, images, rounds, levers):
 
 SHORT = Recipe(
     epochs=6, lr=0.4, translate=2.0, shear=5.0
-)  # chosen on the last 10,000 training images: README.md, "Speed"
+)  # chosen on the last 10,000 training images: studies/README.md, "Speed"
 
 
 def goal_child(seed, images):
@@ -472,7 +472,7 @@ def write(path, columns, rows, append=False):
 
 
 def tables(rows, goal):
-    """Yield the tables of README.md: contenders; ratios, and the short schedule; levers."""
+    """Yield the tables of studies/README.md: contenders; ratios, and the short schedule; levers."""
     of = {(row["part"], row["name"]): float(row["value"]) for row in rows}
     a, b, c = (of["epoch", name] for name in "ABC")
     lines = ["| one epoch, 60,000 images | seconds | images a second | times A |", "|---|---|---|---|"]

@@ -284,14 +284,15 @@ def test_stored_rows_are_of_the_variants_as_they_are_now():
         assert row["settings"] in map(accuracy.settings, named), row["variant"]
 
 
-def test_readme_shows_the_tables_of_the_stored_rows():
-    readme = (ROOT / "README.md").read_text()
-    for table in accuracy.tables(ROWS):
-        assert table in readme, f"README.md lacks:\n{table}"
+def test_the_readmes_show_the_tables_of_the_stored_rows():
+    *report, choice = accuracy.tables(ROWS)
+    for name, tables in {"README.md": report, "studies/README.md": [choice]}.items():
+        for table in tables:
+            assert table in (ROOT / name).read_text(), f"{name} lacks:\n{table}"
 
 
-def test_readme_s_words_about_the_rows():
-    readme = " ".join((ROOT / "README.md").read_text().split())
+def test_the_readmes_words_about_the_rows():
+    readme, details = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "studies/README.md"))
     p = statistics.mean(accuracy.finals(ROWS, "60k/test", {})) / 100
     assert f"is {100 * math.sqrt(p * (1 - p) / 10_000):.2f} points." in readme
 
@@ -308,10 +309,10 @@ def test_readme_s_words_about_the_rows():
         "twice the rate": "rate 0.4",
         "dropout": "shift 1, shear 10, dropout 0.02",
     }
-    assert f"a loss of 0.02 or more came with {', '.join(bad)}. " in readme
+    assert f"a loss of 0.02 or more came with {', '.join(bad)}. " in details
     assert set(bad.values()) == {name for name, values in losses.items() if max(values) >= 0.02}
     spread = max(max(values) / min(values) for values in losses.values())
-    assert f"differ by up to {100 * (spread - 1):.0f} % in loss" in readme
+    assert f"differ by up to {100 * (spread - 1):.0f} % in loss" in details
 
 
 def test_the_notebook_draws_the_variants_of_the_study():

@@ -1,5 +1,6 @@
 """The exports compute what the network computes, whatever the size of the batch."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -12,7 +13,12 @@ from s6.model import Net
 from s6.utils import load_averaged
 from studies import export
 
+needs_onnx = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnxruntime", "onnxscript"))), reason="needs studies/requirements.txt"
+)
 
+
+@needs_onnx
 def test_both_exports_agree_with_the_network_on_all_test_images(batches, mnist, tmp_path, capsys):
     Training(tmp_path / "S6.pt", batches).run()
     export.main(
@@ -22,6 +28,15 @@ def test_both_exports_agree_with_the_network_on_all_test_images(batches, mnist, 
     assert [line.split(":")[0] for line in lines] == ["S6.onnx", "S6.pt2"]
     assert all("10,000 images" in line and line.endswith(" 0 labels differ") for line in lines)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"S6.onnx", "S6.pt2"}, "the weights are inside"
+
+
+@needs_onnx
+def test_the_exports_take_any_number_of_images(tmp_path):
+    model = Net().eval()
+    for exported in export.export(model, tmp_path).values():
+        for images in (torch.rand(n, 1, 28, 28) for n in (1, 2, 7, 1000)):
+            with torch.no_grad():
+                assert torch.allclose(exported(images), model(images), atol=export.TOLERANCE)
 
 
 def test_an_export_that_computes_something_else_is_an_error(batches, mnist, tmp_path, monkeypatch):
