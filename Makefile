@@ -37,10 +37,10 @@ test-colab:
 badge:
 	@printf '%s' '$(REPO)' | grep -Eqx '[A-Za-z0-9-]+/[A-Za-z0-9._-]+' || \
 		{ echo "The address is owner/name, as in github.com/owner/name: make badge REPO=owner/name"; exit 1; }
-	@sed -i.bak -E -e 's|(colab\.research\.google\.com/github/)[^/]+/[^/]+(/blob/)|\1$(REPO)\2|g' \
-		-e 's|(REPOSITORY = .{1,2}https://github\.com/)[^"\]+|\1$(REPO)|' README.md notebooks/S6.ipynb notebooks/ablation.ipynb
+	@sed -i.bak -E -e 's|(colab\.research\.google\.com/github/)[^/]+/[^/]+(/blob/)|\1$(REPO:.git=)\2|g' \
+		-e 's|(REPOSITORY = .{1,2}https://github\.com/)[^"\]+|\1$(REPO:.git=)|' README.md notebooks/S6.ipynb notebooks/ablation.ipynb
 	@rm README.md.bak notebooks/S6.ipynb.bak notebooks/ablation.ipynb.bak
-	@echo "README.md and notebooks now lead to $(REPO)"
+	@echo "README.md and notebooks now lead to $(REPO:.git=)"
 
 # For maintainers: the outputs of the last `make run` become those that the repository shows.
 stored: build/S6.ipynb

@@ -65,6 +65,7 @@ class Recipe:
                 number = "a whole number" if kind is Integral else "a number"
                 limits = f"of at least {low}" + (f" and below {high}" if name in below else "")
                 raise ValueError(f"{name} must be {number} {limits}, got {value!r}")
+            object.__setattr__(self, name, (int if kind is Integral else float)(value))  # NumPy's cannot be read back
 
     def augment(self, images, generator):
         """`random_affine` at this recipe's strengths."""
@@ -369,6 +370,8 @@ class TensorLoader:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(images) != len(labels):
             raise ValueError(f"there are {len(images)} images but {len(labels)} labels")
+        if images.dtype != torch.uint8:  # fractions of white would all come out as black
+            raise ValueError(f"images must be torch.uint8, from 0 to 255, got {images.dtype}")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.generator, self.augment = generator, augment
 
@@ -564,7 +567,8 @@ def classify(model, images):
     Raises:
         ValueError: they are of another shape or type, or there are none.
     """
-    images = torch.as_tensor(images)
+    if not isinstance(images, torch.Tensor):
+        images = torch.from_numpy(np.array(images))  # a copy: a picture's own array is read-only
     if images.dtype != torch.uint8 or images.shape[1:] not in ((28, 28), (1, 28, 28)) or not len(images):
         raise ValueError(
             f"images must be uint8, from 0 for black to 255, of shape (N, 28, 28) or (N, 1, 28, 28), "
@@ -591,13 +595,21 @@ class Checkpoint:
         settings: dict of numbers and texts, the recipe and whatever else must be equal for a training to go on.
         histories: lists of numbers, such as the losses and accuracies; `resume` fills them in place.
         generator: the loader's `torch.Generator`. Torch's own generators, of CPU and current GPU, are kept as well.
-        parts: whatever has `state_dict` and `load_state_dict`: model, averaged, optimizer, scheduler.
+        averaged, parts: whatever has `state_dict` and `load_state_dict`: the averaged model, which is the one that
+            `load_averaged` reads, and model, optimizer, scheduler.
+
+    Raises:
+        ValueError: a setting is neither number nor text of Python's own; `weights_only` would not read it back.
     """
 
-    def __init__(self, path, settings, histories, generator, **parts):
+    def __init__(self, path, settings, histories, generator, *, averaged, **parts):
+        for name, value in settings.items():
+            if type(value) not in (bool, int, float, str):
+                raise ValueError(f"a setting must be a number or a text of Python's own, got {name}={value!r}")
         self.path = Path(path).expanduser()
         self.unfinished = self.path.with_stem(f"{self.path.stem}-unfinished")
-        self.settings, self.histories, self.generator, self.parts = settings, histories, generator, parts
+        self.settings, self.histories, self.generator = settings, histories, generator
+        self.parts = {"averaged": averaged, **parts}
         self.warned = False
 
     def _state(self, finished=False):
@@ -661,7 +673,7 @@ class Checkpoint:
     def save(self, finished=False):
         """Write the state, whole or not at all. Where that fails warn, once, and let the training go on."""
         path = self.path if finished else self.unfinished
-        temporary = path.with_name(f"{path.name}.partial")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may train here, too
         content = io.BytesIO()
         torch.save(self._state(finished), content)
         try:
@@ -764,7 +776,8 @@ def plot_mistakes(images, outputs, labels, limit=30):
     """Draw the misread images, the most confident first, under their true and predicted label and its probability.
 
     Args:
-        images: (N, 1, 28, 28), in the order of `outputs`: (N, 10) log-probabilities, and `labels`: (N,).
+        images: (N, 1, 28, 28), in the order of `outputs`: (N, 10) log-probabilities, and `labels`: (N,). A loader that
+            shuffles gives them in another order than that of its `images`.
     """
     confidence, predicted = outputs.exp().max(1)
     wrong = (predicted != labels).nonzero().flatten()

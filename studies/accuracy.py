@@ -405,15 +405,23 @@ def tables(rows):
     yield "\n".join(lines)
 
 
+def at_least_one(text):
+    if int(text) < 1:
+        raise ValueError  # which argparse puts into words
+    return int(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=[*STUDIES, "tables"])
-    parser.add_argument("--seeds", type=int, default=1, help="train from the seeds 1 to this one")
+    parser.add_argument("--seeds", type=at_least_one, default=1, help="train from the seeds 1 to this one")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of the study, by name")
     parser.add_argument("--address", help="of a Ray cluster")
     parser.add_argument("--data", help="folder of the images; on a cluster, of each node")
-    parser.add_argument("--share", type=int, default=8, help="trials at once on a GPU")
-    parser.add_argument("--images", type=int, help="take so few only: does it run? The rows go to build/accuracy.csv")
+    parser.add_argument("--share", type=at_least_one, default=8, help="trials at once on a GPU")
+    parser.add_argument(
+        "--images", type=at_least_one, help="take so few only: does it run? The rows go to build/accuracy.csv"
+    )
     parser.add_argument("--results", type=Path, help="another file for the rows")
     options = parser.parse_args()
     path = options.results or (ROOT / "build" if options.images else RESULTS) / "accuracy.csv"

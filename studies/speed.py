@@ -340,6 +340,7 @@ def about(device):
 
 def measure(path, images, rounds, levers):
     """Append the rows of the study to `path`, as soon as each is known; those that are there are not measured again."""
+    utils.load_mnist(DATA)  # fetched here, not in a time that is measured
     device = get_device()
     if not path.exists():
         write(path, COLUMNS, [])

@@ -248,11 +248,18 @@ def test_two_starts_do_not_write_to_one_file(tmp_path, monkeypatch):
             accuracy.main()
 
 
-def test_an_unknown_variant_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["accuracy.py", "ladder", "--only", "no drop-out"])
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--only", "no drop-out", "no variant 'no drop-out' in ladder; there are: the course's recipe; "),
+        ("--images", "0", "argument --images: invalid at_least_one value: '0'"),  # not the whole study
+    ],
+)
+def test_a_bad_option_is_refused(option, value, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "ladder", option, value])
     with pytest.raises(SystemExit):
         accuracy.main()
-    assert "no variant 'no drop-out' in ladder; there are: the course's recipe; " in capsys.readouterr().err
+    assert said in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------- the stored rows

@@ -90,6 +90,14 @@ BAD = {
     "nothing to test on": (lambda: test(Net(), "cpu", [], F.nll_loss), "the test loader is empty"),
     "a spent generator": (lambda: test(Net(), "cpu", iter(()), F.nll_loss), "the test loader is empty"),
     "images without labels": (lambda: TensorLoader(IMAGES, LABELS[:7], 4), "there are 8 images but 7 labels"),
+    "a loader of float64 images": (
+        lambda: TensorLoader(IMAGES.double(), LABELS, 4),
+        "images must be torch.uint8, from 0 to 255, got torch.float64",
+    ),
+    "a setting of NumPy's": (
+        lambda: Checkpoint("S6.pt", {"seed": np.int64(1)}, [[]], torch.Generator(), averaged=Net()),
+        "a setting must be a number or a text of Python's own, got seed=",
+    ),
     "float images to classify": (
         lambda: classify(Net(), IMAGES),
         r"images must be uint8, .*, got \(8, 1, 28, 28\) of torch.float32",

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -336,6 +337,13 @@ def test_readme_s_lines_classify(batches, tmp_path, monkeypatch):
     names = {"images": batches.images}
     exec(code, names)
     assert torch.equal(names["probabilities"], classify(training.averaged, batches.images)[1])
+
+
+def test_a_recipe_of_numpy_s_numbers_comes_back(batches, tmp_path):
+    """As a loop over `np.linspace` makes it; of a file `weights_only` reads plain numbers alone."""
+    recipe = Recipe(np.int64(1), batch_size=np.int64(16), lr=np.linspace(0.1, 0.2, 2)[0], average=np.float32(0.5))
+    Training(tmp_path / "S6.pt", batches, recipe=recipe).run()
+    assert isinstance(load_averaged(Net(), tmp_path / "S6.pt"), Net)
 
 
 def test_weights_of_another_network_are_refused(batches, tmp_path):

@@ -92,6 +92,8 @@ def test_make_badge_sets_the_address_and_nothing_else(project):
     assert addresses(project) == {"some-one/S6.project"}
     files = sorted(str(path.relative_to(project)) for path in project.rglob("*") if path.is_file())
     assert files == ["Makefile", "README.md", "notebooks/S6.ipynb", "notebooks/ablation.ipynb"]
+    assert badge(project, "REPO=some-one/S6.project.git")[0] == 0  # as git has it
+    assert addresses(project) == {"some-one/S6.project"}
     credit = f"https://github.com/{before}/tree/main/S6/part2"
     assert (credit in (project / "README.md").read_text()) == (credit in (ROOT / "README.md").read_text())
     badge(project, f"REPO={before}")

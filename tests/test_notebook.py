@@ -264,6 +264,15 @@ def test_ablation_in_an_empty_folder(way, tmp_path, colab):
     assert [text_of(cell) for cell in cells[1:]] == [text_of(cell) for cell in ABLATION_CODE[1:]]
 
 
+def test_settings_changed_before_the_training_alone_is_run_again(flat):
+    """The loader takes on the new ones, too: what a checkpoint says of itself is what was done."""
+    sources = shortened(*SOURCES[: TRAINING + 1])
+    change = sources[SETTINGS].replace("epochs=1", "epochs=1, batch_size=500, degrees=0.0")
+    tell = "print(len(train_loader), settings['batch_size'], train_loader.augment.__self__.degrees)"
+    cells, error = run(flat, *sources, change, sources[TRAINING], tell)
+    assert not error and text_of(cells[-1]) == "2 500 0.0\n"
+
+
 def test_ablation_follows_the_rows(tmp_path):
     """So that its stored outputs fail under nbval when a row is edited."""
     rows = (ROOT / "studies" / "results" / "accuracy.csv").read_text().splitlines(keepends=True)
