@@ -363,6 +363,9 @@ class TensorLoader:
         images: (N, 1, 28, 28) uint8. labels: (N,) int64, on the same device.
         generator: draws a new order for each pass, and the augmentation; without one the order is that of `images`.
         augment: a function `(images, generator) -> images` of a float batch from 0, the background, to 255.
+
+    Raises:
+        ValueError: the batch size is below 1, there are not as many labels as images, or the images are not uint8.
     """
 
     def __init__(self, images, labels, batch_size, generator=None, augment=None):
