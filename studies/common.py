@@ -1,0 +1,76 @@
+"""What both studies need: the course's way of loading, and rows that say where they were measured."""
+
+import csv
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from s6.utils import MEAN, STD, cpu_dtype
+
+DATA, RESULTS = ROOT / "data", ROOT / "studies" / "results"
+
+
+def get_device():
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def about(device):
+    """Return the columns that every row ends with: device, and on a CPU the type it multiplies in; versions; commit."""
+    import torchvision
+
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    name = f"{name}, {os.cpu_count()} CPUs, {str(cpu_dtype())[6:]}"
+    if device.type != "cpu":
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+
+    changed = git("diff", "--quiet", "HEAD", "--", "s6", "studies/*.py").returncode
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed else "")
+    versions = platform.python_version(), torch.__version__, torchvision.__version__
+    return dict(zip(("device", "python", "torch", "torchvision", "commit"), (name, *versions, commit), strict=True))
+
+
+def read(path):
+    """Return the rows of a CSV file as dicts of text; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path, row):
+    """Write one row, in a new file after its header."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def course_loader(images, batch_size, workers=0, data=DATA):
+    """Load the first `images` of the training set as the course does: each through PIL, in every pass."""
+    from torchvision import transforms
+    from torchvision.datasets import MNIST
+
+    steps = [
+        transforms.RandomApply([transforms.CenterCrop(22)], p=0.1),
+        transforms.Resize((28, 28)),
+        transforms.RandomRotation((-15.0, 15.0), fill=0),
+        transforms.ToTensor(),
+        transforms.Normalize((MEAN,), (STD,)),
+    ]
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: that is the question
+    dataset = Subset(MNIST(data, transform=transforms.Compose(steps)), range(images))
+    return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
