@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.ticker import LogLocator
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
@@ -40,21 +39,17 @@ class Recipe:
 
     def augment(self, images, draws):
         """`affine` at this recipe's strengths: `draws` are (B, 5), each from -1 to 1, five for an image."""
-        degrees, x, y, scale, shear = draws.T
-        shift = torch.stack([x, y], 1) * self.translate
-        return affine(images, degrees * self.degrees, shift, 1 + scale * self.scale, shear * self.shear)
+        turn, shift, zoom, slant = draws[:, 0], draws[:, 1:3], draws[:, 3], draws[:, 4]
+        return affine(images, turn * self.degrees, shift * self.translate, 1 + zoom * self.scale, slant * self.shear)
 
     def prepare(self, model, steps_per_epoch):
         """Return `(optimizer, scheduler, averaged)` for `model`, already on its device.
 
-        `scheduler` is stepped once a batch, `epochs * steps_per_epoch` times in all; after that the rate is zero.
-        `averaged` holds the exponential moving average of the weights and BatchNorm statistics; evaluate that one.
+        `scheduler` is stepped once a batch; after `epochs * steps_per_epoch` steps the rate is zero. `averaged` holds
+        the exponential moving average of the weights and BatchNorm statistics; evaluate that one.
         """
         total = self.epochs * steps_per_epoch
         climb = min(max(1, round(self.warmup * total)), total - 1)
-
-        def share_of_peak(step):
-            return max(0, min((step + 1) / (climb + 1), (total - step) / (total - climb)))
 
         def moving_average(averages, weights, steps):
             # The decay climbs to its value, min(decay, (1 + n) / (10 + n)), like TensorFlow's ExponentialMovingAverage:
@@ -66,11 +61,12 @@ class Recipe:
                 else:
                     average.copy_(weight)  # BatchNorm's count of batches
 
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others}]
+        weights, others = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+        groups = [{"params": weights, "weight_decay": self.weight_decay}, {"params": others}]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=True)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: max(0, min((step + 1) / (climb + 1), (total - step) / (total - climb)))
+        )
         return optimizer, scheduler, AveragedModel(model, multi_avg_fn=moving_average, use_buffers=True)
 
 
@@ -94,11 +90,8 @@ MNIST_SHA256 = {  # of the decompressed files of LeCun, Cortes and Burges
 def load_mnist(root="data", train=True):
     """Return the training or the test set, `(images, labels)`: (N, 1, 28, 28) uint8 and (N,) int64.
 
-    The files lie where torchvision puts them, in `root/MNIST/raw`. It looks only at whether a file is there; here each
-    is compared with its digest as well. Missing and damaged ones are downloaded, by torchvision.
-
-    Raises:
-        RuntimeError: they could not be downloaded, or what came is not MNIST.
+    The files lie where torchvision puts them, in `root/MNIST/raw`. It looks only at whether they are there; here each
+    is compared with its digest, too. Missing and damaged ones are downloaded; RuntimeError where that fails.
     """
     raw = Path(root).expanduser() / "MNIST" / "raw"
 
@@ -108,19 +101,17 @@ def load_mnist(root="data", train=True):
     if not all(map(intact, MNIST_SHA256)):
         from torchvision.datasets import MNIST  # takes a second to import, and is needed here only
 
-        reason = None
         try:
             for name in MNIST_SHA256:
                 if not intact(name):
                     (raw / name).unlink(missing_ok=True)
             MNIST(raw.parent.parent, download=True)
+            assert all(map(intact, MNIST_SHA256)), "what came is not MNIST"
         except Exception as error:  # of many kinds: no network, no mirror, a folder that cannot be written
-            reason = error
-        if missing := [name for name in MNIST_SHA256 if not intact(name)]:
             raise RuntimeError(
-                f"{', '.join(missing)} could not be downloaded. In a checkout `make data` tries another source; or put "
-                f"the four files of MNIST, {', '.join(MNIST_SHA256)}, decompressed, into {raw}"
-            ) from reason
+                f"MNIST could not be downloaded: {error}. In a checkout `make data` tries another source; or put the "
+                f"four files {', '.join(MNIST_SHA256)}, decompressed, into {raw}"
+            ) from error
     name = "train" if train else "t10k"
     # The digests have vouched for the headers: 16 bytes before the pixels, 8 before the labels.
     images = np.fromfile(raw / f"{name}-images-idx3-ubyte", np.uint8, offset=16)
@@ -131,15 +122,9 @@ def load_mnist(root="data", train=True):
 def affine(images, degrees, translate, scale, shear):
     """Rotate, shift, zoom and slant each image by its own amount, in one bilinear resampling.
 
-    Each image is slanted, zoomed, rotated about its centre, then shifted. What comes from outside is 0: call this
-    before normalising, while 0 is the background.
-
-    Args:
-        images: (B, 1, H, H) float.
-        degrees: (B,) rotation, counter-clockwise.
-        translate: (B, 2) shift right and down, in pixels.
-        scale: (B,) zoom, 1 keeps the size.
-        shear: (B,) slant in degrees, upright strokes lean to the left where it is positive.
+    The (B, 1, H, H) float images are slanted by `shear` degrees, (B,), where positive to the left, zoomed by `scale`,
+    (B,), rotated counter-clockwise about the centre by `degrees`, (B,), then shifted right and down by `translate`
+    pixels, (B, 2). What comes from outside is 0: call this before normalising, while 0 is the background.
     """
     cos, sin, tan = degrees.deg2rad().cos(), degrees.deg2rad().sin(), shear.deg2rad().tan()
     # grid_sample asks where each output pixel comes from, so this is the inverse map.
@@ -152,14 +137,11 @@ def affine(images, degrees, translate, scale, shear):
 class Loader:
     """Iterate over images that lie on the device as bytes: normalised (B, 1, 28, 28) float32 and (B,) int64 labels.
 
-    The last batch holds what is left. `len` is the number of batches.
-
     Args:
-        images: (N, 1, 28, 28) uint8. labels: (N,) int64, on the same device.
+        images: (N, 1, 28, 28) uint8. labels: (N,) int64, on the same device. The last batch holds what is left.
         seed: with it each pass has an order of its own, drawn from (seed, `epoch`); without, that of `images`.
             `epoch` is the number of the pass, from 1; set it to go on with a training.
-        augment: a function `(images, draws) -> images` of a float batch from 0, the background, to 255; `draws` are
-            (B, 5), uniform between -1 and 1, from the same generator as the order.
+        augment: a function `(images, draws) -> images` of a batch from 0 to 255, and (B, 5) uniform between -1 and 1.
     """
 
     def __init__(self, images, labels, batch_size, seed=None, augment=None):
@@ -186,13 +168,9 @@ class Loader:
 
 
 def mnist_loaders(recipe, device, root="data"):
-    """Return `(train_loader, test_loader)`: MNIST, resident on `device` (55 MB), the first one shuffled and augmented.
-
-    The images come from `root`, or are downloaded into it; see `load_mnist` for that and for the errors.
-    """
-    (images, labels), (test_images, test_labels) = load_mnist(root), load_mnist(root, train=False)
-    train_loader = Loader(images.to(device), labels.to(device), recipe.batch_size, recipe.seed, recipe.augment)
-    return train_loader, Loader(test_images.to(device), test_labels.to(device), recipe.batch_size)
+    """Return `(train_loader, test_loader)` over `load_mnist`'s images, on `device` (55 MB); only the first augments."""
+    train_set, test_set = ([part.to(device) for part in load_mnist(root, train)] for train in (True, False))
+    return Loader(*train_set, recipe.batch_size, recipe.seed, recipe.augment), Loader(*test_set, recipe.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
@@ -205,34 +183,23 @@ def _checked(labels, outputs):
     return labels
 
 
-def _finite(loss, name):
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the {name} loss is {loss}: lower the learning rate or look at the data")
-    return loss
-
-
 def train(
     model, device, train_loader, optimizer, criterion, train_losses=None, train_acc=None, *,
     scheduler=None, averaged=None,
 ):  # fmt: skip
     """Train for one pass over the loader, and append the mean loss and the accuracy in percent to the histories.
 
-    Both are running figures of the augmented images, as the weights move: worse than the final weights would give.
-    On a CPU with instructions for it, the products of the forward and backward pass are in bfloat16 (autocast).
+    Both are of augmented images, as the weights move: worse than the final weights would give. A CPU with instructions
+    for it multiplies in bfloat16 (autocast).
 
     Args:
         train_loader: any iterable of (images, labels) batches.
         criterion: mean loss of a batch from `(outputs, labels)`: `F.nll_loss`, `nn.CrossEntropyLoss()`, ...
-        train_losses, train_acc: lists to append to; new ones where None.
-        scheduler: stepped once a batch.
-        averaged: a `torch.optim.swa_utils.AveragedModel` of `model`, updated once a batch.
+        train_losses, train_acc: lists to append to, which are returned; new ones where None.
+        scheduler, averaged: of `Recipe.prepare`, stepped and updated once a batch.
 
-    Returns:
-        The two lists.
-
-    Raises:
-        ValueError: the loader is empty, or a label has no class among the outputs (looked at on the host only).
-        FloatingPointError: the loss is not finite. The histories keep what they had.
+    Raises ValueError for an empty loader and for a label without a class (seen on the host only), FloatingPointError
+    for a loss that is not finite.
     """
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
@@ -242,7 +209,9 @@ def train(
 
     def means():
         loss, correct = (sums / seen).tolist()
-        return _finite(loss, "training"), 100 * correct
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss is {loss}: lower the learning rate or look at the data")
+        return loss, 100 * correct
 
     bar = {"desc": f"epoch {len(train_losses) + 1}", "unit": "batch", "leave": False, "mininterval": 0.5}
     with tqdm(train_loader, file=sys.stdout, **bar) as progress:  # stderr would be a red box in Jupyter
@@ -272,10 +241,7 @@ def train(
 
 
 def predict(model, device, loader):
-    """Return `(outputs, labels)` of every image in the loader, in its order: (N, 10) and (N,), on `device`.
-
-    Puts the model in evaluation mode, which leaves weights and BatchNorm statistics alone. Errors are as in `train`.
-    """
+    """Return `(outputs, labels)` of all images, (N, 10) and (N,), on `device`, in the loader's order."""
     model.eval()
     outputs, targets = [], []
     with torch.no_grad():
@@ -288,44 +254,32 @@ def predict(model, device, loader):
 
 
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None):
-    """Evaluate on the whole loader, and append the mean loss and the accuracy in percent to the histories.
-
-    The criterion sees all outputs at once, so its mean does not depend on the batch size. The criterion, the lists
-    and the errors are as in `train`.
-    """
+    """Evaluate on the whole loader, and append mean loss and accuracy in percent to the histories, as in `train`."""
     test_losses = [] if test_losses is None else test_losses
     test_acc = [] if test_acc is None else test_acc
     outputs, labels = predict(model, device, test_loader)
-    test_losses.append(_finite(criterion(outputs, labels).item(), "test"))
+    test_losses.append(criterion(outputs, labels).item())
     # Counted, then divided: a mean of float32 makes 9,940 of 10,000 more than 99.4 %.
     test_acc.append(100 * (outputs.argmax(1) == labels).sum().item() / len(labels))
     return test_losses, test_acc
 
 
-test.__test__ = False  # for pytest: a function of the product, whatever its name
-
 # ---------------------------------------------------------------------------------------------------- interruption
 
-CODE = hashlib.sha256(  # of the modules as they were imported: changed ones do not take up what these have trained
-    b"".join(p.read_bytes() for n in ("model.py", "utils.py") if (p := Path(__file__).with_name(n)).is_file())
-).hexdigest()
+MODULES = (Path(__file__).with_name(name) for name in ("model.py", "utils.py"))
+CODE = hashlib.sha256(b"".join(path.read_bytes() for path in MODULES if path.is_file())).hexdigest()  # as imported
 
 
 def resumable(path, recipe, histories, **parts):
     """Yield the epochs still to train, from 1 to `recipe.epochs`; a training cut short goes on where it stood.
 
-    `histories` and `parts` are kept in the file `path` after each epoch but the last, which removes it. On the same
-    machine the training ends bit for bit as if it had never been cut short. A file of another recipe, network or
-    version of the modules, or a damaged one, becomes *.old, and the training starts as if it had not been there.
-
-    Args:
-        histories: lists, each with one entry an epoch; an epoch cut short leaves none.
-        parts: whatever has `state_dict` and `load_state_dict`: model, optimizer, loader, ... Torch's own generators of
-            random numbers are kept with them.
+    After each epoch the file `path` keeps the `histories`, lists with an entry an epoch, the `parts`, whatever has a
+    `state_dict`, and torch's random states; at the end it is removed. On one machine the training ends bit for bit as
+    if never cut short. A file that is damaged, or of another recipe, network or version of the modules, becomes *.old.
     """
     path = Path(path).expanduser()
     old, partial = path.with_suffix(".old"), path.with_suffix(".partial")
-    made_by = vars(recipe) | {"code": CODE}
+    made_by = f"{recipe}, code {CODE}"
 
     def state():
         rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
@@ -346,8 +300,8 @@ def resumable(path, recipe, histories, **parts):
             if zipfile.ZipFile(path).testzip() is not None:  # torch.load itself takes changed bytes for numbers
                 raise ValueError
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            why = "of another recipe or version of the modules"
             if saved["made by"] != made_by:
+                why = "of another recipe or version of the modules"
                 raise ValueError
             why = "of another network"
             restore(saved)
@@ -364,16 +318,15 @@ def resumable(path, recipe, histories, **parts):
             done = min(map(len, histories))
             for history in histories:
                 del history[done:]
+        torch.save(state(), content := io.BytesIO())
         try:
-            if epoch == recipe.epochs:
-                path.unlink(missing_ok=True)
-            else:
-                torch.save(state(), content := io.BytesIO())
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_bytes(content.getbuffer())
-                partial.replace(path)  # whole or not at all
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content.getbuffer())
+            partial.replace(path)  # whole or not at all
         except OSError as error:
             warnings.warn(f"the training goes on, but is not kept: {error}", stacklevel=1)
+    if path.exists():
+        path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -381,10 +334,7 @@ def resumable(path, recipe, histories, **parts):
 
 
 def plot_curves(train_losses, train_acc, test_losses, test_acc):
-    """Draw loss and accuracy of both sets against the epoch, with 99.4 % as a line and the last values written.
-
-    The accuracy axis shows what is near the goal; the first epochs of training may lie below it.
-    """
+    """Draw loss and accuracy of both sets against the epoch, near the goal of 99.4 %, with the last values written."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for label, losses, accuracies in (("train", train_losses, train_acc), ("test", test_losses, test_acc)):
         loss, accuracy = (f", last {losses[-1]:.4f}", f", last {accuracies[-1]:.2f} %") if accuracies else ("", "")
@@ -392,14 +342,11 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc):
         right.plot(range(1, len(accuracies) + 1), accuracies, ".-", label=label + accuracy)
     right.axhline(99.4, color="gray", linestyle="--", label="goal, 99.4 %")
     left.set(xlabel="epoch", ylabel="loss (negative log-likelihood)", yscale="log", title="Loss")
-    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("")
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(min([97.4, *test_acc]), 100), title="Accuracy")
-    for axes, corner in ((left, "upper right"), (right, "lower right")):
+    for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(loc=corner)
+        axes.legend()
     plt.close(fig)
     return fig
 
@@ -407,24 +354,20 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc):
 def plot_digits(images, titles=None, columns=10):
     """Draw (N, 1, 28, 28) images, normalised or not, in a grid; `titles` are N strings."""
     rows = math.ceil(len(images) / columns) or 1  # without images an empty grid, not an error
-    height = 1.0 if titles is None else 1.45
+    height = 1.45 if titles else 1.0
     fig, grid = plt.subplots(rows, columns, figsize=(columns, rows * height), layout="constrained", squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    for i, (axes, image) in enumerate(zip(grid.flat, images.cpu().numpy(), strict=False)):
+    for axes, image, title in zip(grid.flat, images.cpu().numpy(), titles or [""] * len(images), strict=False):
         axes.imshow(image[0], cmap="gray")
-        if titles is not None:
-            axes.set_title(titles[i], fontsize=8)
+        axes.set_title(title, fontsize=8)
     plt.close(fig)
     return fig
 
 
 def plot_mistakes(images, outputs, labels, limit=30):
-    """Draw the misread images, the most confident first, under their true and predicted label and its probability.
-
-    Args:
-        images: (N, 1, 28, 28), in the order of `outputs`: (N, 10) log-probabilities, and `labels`: (N,).
-    """
+    """Draw the misread of (N, 1, 28, 28) images, the most confident first, under the true and the predicted label and
+    its probability; `outputs`, (N, 10) log-probabilities, and `labels`, (N,), are in the images' order."""
     confidence, predicted = outputs.exp().max(1)
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][:limit]
