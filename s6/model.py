@@ -10,7 +10,7 @@ class ConvBlock(nn.Sequential):
     The activation comes after the normalisation, as in Ioffe and Szegedy, "Batch Normalization", 2015. SiLU, x times
     sigmoid(x), is a ReLU without the corner (Hendrycks and Gimpel, 2016). It is a function and not a module, and the
     block a Sequential, so that torchsummary, which lists every module but Sequentials, prints the very table of the
-    course's network. Called one by one, the modules do not make up the block: the activation is missing.
+    course's network.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout):
@@ -33,7 +33,7 @@ class Net(nn.Module):
     for the count.
 
     Args:
-        dropout: probability of zeroing an activation after each block; beside the augmentation 0 does best.
+        dropout: probability of zeroing an activation after each block; beside the augmentation none is needed.
     """
 
     def __init__(self, dropout=0.0):

@@ -61,7 +61,7 @@ class Recipe:
                 else:
                     average.copy_(weight)  # BatchNorm's count of batches
 
-        weights, others = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+        weights, others = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": weights, "weight_decay": self.weight_decay}, {"params": others}]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -106,11 +106,12 @@ def load_mnist(root="data", train=True):
                 if not intact(name):
                     (raw / name).unlink(missing_ok=True)
             MNIST(raw.parent.parent, download=True)
-            assert all(map(intact, MNIST_SHA256)), "what came is not MNIST"
+            if not all(map(intact, MNIST_SHA256)):
+                raise ValueError("what came is not MNIST")
         except Exception as error:  # of many kinds: no network, no mirror, a folder that cannot be written
             raise RuntimeError(
-                f"MNIST could not be downloaded: {error}. In a checkout `make data` tries another source; or put the "
-                f"four files {', '.join(MNIST_SHA256)}, decompressed, into {raw}"
+                "MNIST could not be downloaded. In a checkout `make data` tries another source; or put the four files "
+                f"{', '.join(MNIST_SHA256)}, decompressed, into {raw}"
             ) from error
     name = "train" if train else "t10k"
     # The digests have vouched for the headers: 16 bytes before the pixels, 8 before the labels.
@@ -141,7 +142,7 @@ class Loader:
         images: (N, 1, 28, 28) uint8. labels: (N,) int64, on the same device. The last batch holds what is left.
         seed: with it each pass has an order of its own, drawn from (seed, `epoch`); without, that of `images`.
             `epoch` is the number of the pass, from 1; set it to go on with a training.
-        augment: a function `(images, draws) -> images` of a batch from 0 to 255, and (B, 5) uniform between -1 and 1.
+        augment: function `(images, draws) -> images` of a batch from 0 to 255 and (B, 5) from -1 to 1; needs a seed.
     """
 
     def __init__(self, images, labels, batch_size, seed=None, augment=None):
@@ -177,7 +178,7 @@ def mnist_loaders(recipe, device, root="data"):
 
 
 def _checked(labels, outputs):
-    """Return `labels`, looked at while they are on the host: on a GPU a wrong one would cost the whole process."""
+    """Return `labels`; ValueError for one without a class: on a GPU, where nobody looks, it would end the process."""
     if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < outputs.shape[1]:
         raise ValueError(f"labels must lie in 0..{outputs.shape[1] - 1}, got {labels.min()} to {labels.max()}")
     return labels
@@ -217,7 +218,7 @@ def train(
     with tqdm(train_loader, file=sys.stdout, **bar) as progress:  # stderr would be a red box in Jupyter
         for images, labels in train_loader:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                outputs = model(images.to(device)).float()  # bfloat16 counts 511 of 512 as 512
+                outputs = model(images.to(device)).float()  # not in Net: in bfloat16 511 of 512 are 512
             labels = _checked(labels, outputs).to(device)
             loss = criterion(outputs, labels)
             optimizer.zero_grad()
@@ -266,20 +267,20 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
 
 # ---------------------------------------------------------------------------------------------------- interruption
 
-MODULES = (Path(__file__).with_name(name) for name in ("model.py", "utils.py"))
-CODE = hashlib.sha256(b"".join(path.read_bytes() for path in MODULES if path.is_file())).hexdigest()  # as imported
+_texts = [path.read_bytes() for path in map(Path(__file__).with_name, ("model.py", "utils.py")) if path.is_file()]
+CODE = hashlib.sha256(b"".join(_texts)).hexdigest()  # of the two modules, as they were imported
 
 
 def resumable(path, recipe, histories, **parts):
     """Yield the epochs still to train, from 1 to `recipe.epochs`; a training cut short goes on where it stood.
 
     After each epoch the file `path` keeps the `histories`, lists with an entry an epoch, the `parts`, whatever has a
-    `state_dict`, and torch's random states; at the end it is removed. On one machine the training ends bit for bit as
-    if never cut short. A file that is damaged, or of another recipe, network or version of the modules, becomes *.old.
+    `state_dict`, and torch's random states; at the end it is removed. On one CPU the training ends bit for bit as if
+    never cut short. A file that is damaged, or of another recipe, network or version of the modules, becomes *.old.
     """
     path = Path(path).expanduser()
     old, partial = path.with_suffix(".old"), path.with_suffix(".partial")
-    made_by = f"{recipe}, code {CODE}"
+    made_by = f"{recipe}, {parts.get('model')}, code {CODE}"
 
     def state():
         rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]

@@ -11,23 +11,19 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from s6.model import Net
-from s6.utils import load_averaged, mnist_loaders, predict
+from s6.utils import Recipe, mnist_loaders, predict
+from studies.common import DATA, ROOT
 
 TOLERANCE = 1e-4  # of a log-probability: the order of the additions may differ, the arithmetic may not
 
 
 def export(model, folder):
-    """Write `S6.onnx` and `S6.pt2` into `folder`; return `{path: function}` with what runs them, on batches of images.
-
-    Raises:
-        ImportError: onnx, onnxscript or onnxruntime is missing.
-    """
+    """Write `S6.onnx` and `S6.pt2` into `folder`; return `{path: function}`, which runs it on a batch of images."""
     import onnxruntime
 
     # Two images, not one: of one, the exporters would take the size of the batch for a constant.
@@ -35,16 +31,11 @@ def export(model, folder):
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     pt2, onnx = folder / "S6.pt2", folder / "S6.onnx"
     torch.export.save(program, pt2)
-    torch.onnx.export(
-        program, (), str(onnx), input_names=["images"], output_names=["log_probabilities"],
-        external_data=False, verbose=False,
-    )  # fmt: skip
+    names = {"input_names": ["images"], "output_names": ["log_probabilities"]}
+    torch.onnx.export(program, (), str(onnx), **names, external_data=False, verbose=False)
     session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
     loaded = torch.export.load(pt2).module()
-    return {
-        onnx: lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]),
-        pt2: loaded,
-    }
+    return {onnx: lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), pt2: loaded}
 
 
 def compare(model, exported, loader):
@@ -55,25 +46,20 @@ def compare(model, exported, loader):
     return (outputs - expected).abs().max().item(), (outputs.argmax(1) != expected.argmax(1)).sum().item()
 
 
-def main(arguments=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", default=ROOT / "checkpoints" / "S6.pt", help="of a finished training")
+    parser.add_argument("--weights", type=Path, default=ROOT / "checkpoints" / "S6.pt", help="that the notebook saved")
     parser.add_argument("--folder", type=Path, default=ROOT / "build", help="to write into")
-    parser.add_argument("--data", default=ROOT / "data", help="folder of the images")
-    options = parser.parse_args(arguments)
-    try:
-        model = load_averaged(Net(), options.checkpoint)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{error}. Train first: make run")
+    options = parser.parse_args()
+    if not options.weights.is_file():
+        sys.exit(f"There is no {options.weights}. Train first: make run")
+    model = Net()
+    model.load_state_dict(torch.load(options.weights, map_location="cpu", weights_only=True))
     options.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        runners = export(model, options.folder)
-    except ImportError as error:
-        sys.exit(f"{error}: .venv/bin/python -m pip install --requirement studies/requirements.txt")
-    _, loader = mnist_loaders(options.data, device="cpu")
+    _, loader = mnist_loaders(Recipe(), "cpu", DATA)
     failed = False
-    for path, runner in runners.items():
-        difference, other = compare(model, runner, loader)
+    for path, exported in export(model.eval(), options.folder).items():
+        difference, other = compare(model, exported, loader)
         failed |= bool(other) or not difference <= TOLERANCE
         print(
             f"{path.name}: {path.stat().st_size:,} bytes; {len(loader.labels):,} images, log-probabilities differ by "

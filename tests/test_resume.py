@@ -1,0 +1,166 @@
+"""Trainings cut short in every way end as one that was not; a file that does not fit is as good as none."""
+
+import io
+import itertools
+import multiprocessing
+import os
+import signal
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from s6.model import Net
+from s6.utils import Loader, Recipe, resumable, test, train
+
+RECIPE, OTHER = Recipe(epochs=3, batch_size=16), Recipe(epochs=3, batch_size=16, lr=0.1)
+LONG = {"recipe": Recipe(epochs=3, batch_size=40), "count": 400}
+
+
+def training(folder, criterion=F.nll_loss, recipe=RECIPE, net=Net, count=70, histories=None):
+    """The notebook's cell, on random images and with dropout; return all that it leaves behind."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (count,), generator=generator)
+    train_loader = Loader(images, labels, recipe.batch_size, recipe.seed, recipe.augment)
+    test_loader = Loader(images, labels, recipe.batch_size)
+
+    torch.manual_seed(recipe.seed)
+    model = net(dropout=0.1).to("cpu", memory_format=torch.channels_last)
+    optimizer, scheduler, averaged = recipe.prepare(model, len(train_loader))
+    train_losses, train_acc, test_losses, test_acc = histories = histories or ([], [], [], [])
+    parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "scheduler": scheduler}
+    for epoch in resumable(folder / "checkpoints" / "unfinished.pt", recipe, histories, **parts):
+        train_loader.epoch = epoch
+        follow = {"scheduler": scheduler, "averaged": averaged}
+        train(model, "cpu", train_loader, optimizer, criterion, train_losses, train_acc, **follow)
+        test(averaged, "cpu", test_loader, criterion, test_losses, test_acc)
+    return {name: part.state_dict() for name, part in parts.items()}, histories, torch.get_rng_state()
+
+
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after(calls, error=None):
+    """A criterion that raises, or kills its process, when it is called once more: for each batch, and once to test."""
+    counter = itertools.count()
+
+    def criterion(outputs, labels):
+        if next(counter) == calls:
+            if error is None:
+                kill()
+            raise error
+        return F.nll_loss(outputs, labels)
+
+    return criterion
+
+
+def cut_short(folder, calls, error=KeyboardInterrupt, **options):
+    with pytest.raises(error):
+        training(folder, after(calls, error), **options)
+    return folder / "checkpoints" / "unfinished.pt"
+
+
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return training(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(("calls", "done"), [(3, 0), (5, 0), (6, 1), (11, 1), (14, 2)])
+def test_interrupted_in_training_or_testing_it_ends_as_one_never_interrupted(calls, done, error, whole, tmp_path):
+    histories = [], [], [], []
+    cut_short(tmp_path, calls, error, histories=histories)
+    assert [len(history) for history in histories] == [done] * 4
+    assert_same(training(tmp_path), whole)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def train_until_killed(folder, calls):
+    """In mid-epoch, or where `calls` is None between writing the file and renaming it."""
+    torch.set_num_threads(1)  # as here: with more, sums are added up in another order
+    if calls is None:
+        Path.replace = kill
+    training(folder, after(calls), **LONG)
+
+
+def test_killed_it_ends_as_one_never_killed(tmp_path):
+    for calls in (16, None, 21):  # an epoch is ten batches and the test: in training, writing and testing
+        process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(tmp_path, calls))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert_same(training(tmp_path, **LONG), training(tmp_path / "whole", **LONG))
+    assert not list(tmp_path.rglob("*.*"))
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
+def saved(value):
+    torch.save(value, content := io.BytesIO())
+    return content.getvalue()
+
+
+def flipped(content):
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        tensors = [info for info in archive.infolist() if "/data/" in info.filename]
+    place = max(tensors, key=lambda info: info.file_size).header_offset + 200
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+DAMAGED = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "one bit flipped": flipped,
+    "malicious": lambda content: saved({"made by": Malicious()}),
+}
+
+
+def assert_put_aside(path, why, whole, capsys):
+    """All that the training leaves behind, the random state too, is as if there had been no file."""
+    content = path.read_bytes()
+    assert_same(training(path.parent.parent), whole)
+    assert [(old.name, old.read_bytes()) for old in path.parent.iterdir()] == [("unfinished.old", content)]
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 1 and why in said and str(path) in said and "unfinished.old" in said
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_put_aside(kind, whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = cut_short(tmp_path, 6)  # after an epoch of five batches and a test
+    path.write_bytes(DAMAGED[kind](path.read_bytes()))
+    assert_put_aside(path, "damaged", whole, capsys)
+    assert not (tmp_path / "attacked").exists()
+
+
+class WithoutBias(Net):
+    def __init__(self, dropout):
+        super().__init__(dropout)
+        self.layers[-2] = torch.nn.Conv2d(16, 10, 1, bias=False)  # all other weights fit
+
+
+@pytest.mark.parametrize("why", ["recipe", "network", "modules"])
+def test_another_training_s_file_is_put_aside(why, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        if why == "modules":
+            patch.setattr("s6.utils.CODE", "another version")
+        path = cut_short(tmp_path, 6, **{"recipe": {"recipe": OTHER}, "network": {"net": WithoutBias}}.get(why, {}))
+    assert_put_aside(path, why, whole, capsys)
+
+
+@pytest.mark.parametrize("folder", ["/proc/s6", "file"])
+def test_a_folder_that_cannot_be_written_costs_a_warning(folder, whole, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match="not kept"):
+        assert_same(training(tmp_path / folder), whole)
