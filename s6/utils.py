@@ -301,10 +301,9 @@ def resumable(path, recipe, histories, **parts):
             if zipfile.ZipFile(path).testzip() is not None:  # torch.load itself takes changed bytes for numbers
                 raise ValueError
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            why = "of another recipe, network or version of the modules"
             if saved["made by"] != made_by:
-                why = "of another recipe or version of the modules"
                 raise ValueError
-            why = "of another network"
             restore(saved)
             print(f"Going on after epoch {len(histories[0])}, kept in {path}")
         except Exception:  # torch, pickle and zipfile raise many kinds over a file that is none of theirs

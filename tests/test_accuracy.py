@@ -1,8 +1,6 @@
 """The accuracy study runs each trial once, as the notebook would; README and notebook say what the stored rows say."""
 
 import statistics
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -65,14 +63,12 @@ def test_a_trial_is_the_notebook_s_training(mnist):
     assert without["accuracies"] == row["raw accuracies"] != row["accuracies"]
 
 
-def test_the_command_runs_what_is_missing_and_nothing_twice(tmp_path, mnist):
+def test_what_is_missing_is_run_and_nothing_twice(tmp_path, mnist):
     path = tmp_path / "rows.csv"
-    command = [sys.executable, ROOT / "studies" / "accuracy.py", "report", "--seeds", "2", "--results", path]
-    for _ in range(2):
-        done = subprocess.run([*command, "--images", "250"], cwd=tmp_path, capture_output=True, text=True)
-        assert not done.returncode, done.stderr
-        rows = read(path)
-        assert sorted(row["seed"] for row in rows) == ["1", "2"]
+    jobs = accuracy.missing("report", (1, 2), [], images=250)
+    assert accuracy.run(jobs, path, workers=2) == 0
+    rows = read(path)
+    assert sorted(row["seed"] for row in rows) == ["1", "2"] and all(row["settings"] for row in rows)
     append(path, rows[0] | {"seed": "3", "settings": "of another recipe"})
     assert [job[2] for job in accuracy.missing("report", (1, 2, 3), read(path), images=250)] == [3]
 

@@ -166,13 +166,13 @@ def address_is(folder):
     return {"GIT_CONFIG_COUNT": 1, **key}
 
 
-@pytest.mark.parametrize("folder", ["", "notebooks"], ids=["root", "notebooks"])
-def test_from_a_checkout(folder, place):
+def test_from_a_checkout_images_and_checkpoints_lie_in_its_root(place):
     copy_modules(place / "s6")
     (place / "notebooks").mkdir()
-    cells, error = run(place / folder, *shortened()[: TRAINING + 1])
-    assert not error and trained(cells)
-    assert (place / "checkpoints").is_dir() and not list((place / "notebooks").iterdir())
+    cells, error = run(place / "notebooks", *shortened()[: TRAINING + 1])
+    assert not error and trained(cells) and not list((place / "notebooks").iterdir())
+    assert text_of(cells[0]) == "The modules are those in the folder ../s6\n" and (place / "checkpoints").is_dir()
+    assert text_of(run(place, SOURCES[0])[0][0]) == "The modules are those in the folder s6\n"
 
 
 def test_flat_in_a_folder_to_the_last_cell(place):
@@ -184,7 +184,7 @@ def test_flat_in_a_folder_to_the_last_cell(place):
 
 
 def test_cloned_from_the_address_and_run_again_after_a_restart(tmp_path, mnist, repository):
-    for sources in (shortened()[: TRAINING + 1], SOURCES[:2]):
+    for sources in (SOURCES[:TRAINING], SOURCES[:1]):
         cells, error = run(tmp_path, *sources, **repository)
         assert not error and text_of(cells[0]) == "The modules are those in the folder S6/s6\n"
 
