@@ -3,7 +3,8 @@ PYTHON ?= python3
 PYTHON313 ?= python3.13
 BIN := .venv/bin
 NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
-EXECUTE := --execute --inplace --ExecutePreprocessor.record_timing=False --CoalesceStreamsPreprocessor.enabled=True
+EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
+COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # of each progress bar keep its last state
 LOAD := $(BIN)/python -c "import socket, s6.utils; socket.setdefaulttimeout(60); s6.utils.load_mnist()"
 # An unfinished training of yours is kept, but not taken up: every epoch is to have its line.
 ASIDE := if [ -f checkpoints/unfinished.pt ]; then mv checkpoints/unfinished.pt checkpoints/unfinished.old; fi
@@ -18,7 +19,7 @@ run: data
 	@$(ASIDE); mkdir -p build; rm -f build/S6.ipynb build/S6.html
 	@$(BIN)/papermill --cwd notebooks --no-progress-bar --stdout-file - --stderr-file - notebooks/S6.ipynb build/S6.ipynb; \
 		status=$$?; \
-		$(NBCONVERT) --to html --CoalesceStreamsPreprocessor.enabled=True build/S6.ipynb && \
+		$(NBCONVERT) --to html $(COALESCE) build/S6.ipynb && \
 		echo "Figures and pictures: build/S6.html"; exit $$status
 
 test: data .venv/studies
@@ -49,13 +50,14 @@ test-colab: data
 # For maintainers: the outputs that the repository shows, of S6.ipynb with the curves that README shows, ...
 stored: data
 	@$(ASIDE)
-	$(NBCONVERT) --to notebook $(EXECUTE) notebooks/S6.ipynb
+	$(EXECUTE) notebooks/S6.ipynb
+	$(NBCONVERT) --to notebook --inplace $(COALESCE) notebooks/S6.ipynb
 	$(NBCONVERT) --to markdown --output-dir build notebooks/S6.ipynb
 	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 2p') notebooks/curves.png  # the second picture
 
 # ... and, after new rows in studies/results/accuracy.csv, of the notebook that draws them.
 ablation: data
-	$(NBCONVERT) --to notebook $(EXECUTE) notebooks/ablation.ipynb
+	$(EXECUTE) notebooks/ablation.ipynb
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

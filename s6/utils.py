@@ -231,8 +231,8 @@ def train(
             sums += torch.stack([loss.detach() * len(labels), (outputs.argmax(1) == labels).sum()])
             seen += len(labels)
             if progress.update():  # true where the bar was due to be redrawn
-                rate = optimizer.param_groups[0]["lr"]
-                progress.set_postfix_str("loss {:.4f}, accuracy {:.2f} %, lr {:.4f}".format(*means(), rate))
+                lr = optimizer.param_groups[0]["lr"]
+                progress.set_postfix_str("loss {:.4f}, accuracy {:.2f} %, lr {:.4f}".format(*means(), lr), False)
     if not seen:
         raise ValueError("the training loader is empty")
     loss, accuracy = means()

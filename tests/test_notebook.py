@@ -195,6 +195,8 @@ def test_without_modules_or_repository_one_sentence_says_what_to_do(present, tmp
         shutil.copy(ROOT / "s6" / name, tmp_path)
     _, error = run(tmp_path, SOURCES[0], **address_is("/nowhere"))
     assert error.startswith("AssertionError: Put model.py and utils.py, both, beside this notebook")
+    _, error = run(tmp_path, ABLATION_CODE[0].source, **address_is("/nowhere"))
+    assert error.startswith("AssertionError: Put studies/results/accuracy.csv beside this notebook")
 
 
 def test_a_lost_runtime_goes_on_from_a_folder_that_outlives_it(tmp_path_factory, mnist):
@@ -214,8 +216,3 @@ def test_a_lost_runtime_goes_on_from_a_folder_that_outlives_it(tmp_path_factory,
 def test_ablation_in_an_empty_folder(tmp_path, repository):
     cells, error = run(tmp_path, *(cell.source for cell in ABLATION_CODE), **repository)
     assert not error and [text_of(cell) for cell in cells] == [text_of(cell) for cell in ABLATION_CODE]
-
-
-def test_ablation_without_the_rows_says_what_is_missing(tmp_path):
-    _, error = run(tmp_path, ABLATION_CODE[0].source, **address_is("/nowhere"))
-    assert error.startswith("AssertionError: Put studies/results/accuracy.csv beside this notebook")
