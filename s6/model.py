@@ -58,5 +58,5 @@ class Net(nn.Module):
         """Return (B, 10) log-probabilities; raise ValueError unless `images` is (B, 1, 28, 28)."""
         if images.ndim != 4 or images.shape[1:] != (1, 28, 28):
             raise ValueError(f"Net expects images of shape (B, 1, 28, 28), got {tuple(images.shape)}")
-        scores = self.layers(images).flatten(1).float()  # autocast to bfloat16 would leave a probability three digits
+        scores = self.layers(images).flatten(1).float()  # bfloat16, where autocast, keeps about three digits
         return F.log_softmax(scores, dim=1)

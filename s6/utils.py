@@ -61,8 +61,8 @@ class Recipe:
                 else:
                     average.copy_(weight)  # BatchNorm's count of batches
 
-        weights, others = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": weights, "weight_decay": self.weight_decay}, {"params": others}]
+        decayed, others = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others}]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: max(0, min((step + 1) / (climb + 1), (total - step) / (total - climb)))
@@ -140,7 +140,7 @@ class Loader:
 
     Args:
         images: (N, 1, 28, 28) uint8. labels: (N,) int64, on the same device. The last batch holds what is left.
-        seed: with it each pass has an order of its own, drawn from (seed, `epoch`); without, that of `images`.
+        seed: with it each pass has an order of its own, drawn from (seed, `epoch`); without it the order stays.
             `epoch` is the number of the pass, from 1; set it to go on with a training.
         augment: function `(images, draws) -> images` of a batch from 0 to 255 and (B, 5) from -1 to 1; needs a seed.
     """
@@ -178,7 +178,7 @@ def mnist_loaders(recipe, device, root="data"):
 
 
 def _checked(labels, outputs):
-    """Return `labels`; ValueError for one without a class: on a GPU, where nobody looks, it would end the process."""
+    """Return `labels`; ValueError for one without a class. Looks on the host only: it would have to wait for a GPU."""
     if labels.device.type == "cpu" and not 0 <= labels.min() <= labels.max() < outputs.shape[1]:
         raise ValueError(f"labels must lie in 0..{outputs.shape[1] - 1}, got {labels.min()} to {labels.max()}")
     return labels
@@ -218,7 +218,7 @@ def train(
     with tqdm(train_loader, file=sys.stdout, **bar) as progress:  # stderr would be a red box in Jupyter
         for images, labels in train_loader:
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                outputs = model(images.to(device)).float()  # not in Net: in bfloat16 511 of 512 are 512
+                outputs = model(images.to(device)).float()  # Net's are; sums of bfloat16 count 511 as 512
             labels = _checked(labels, outputs).to(device)
             loss = criterion(outputs, labels)
             optimizer.zero_grad()
@@ -230,7 +230,7 @@ def train(
                 averaged.update_parameters(model)
             sums += torch.stack([loss.detach() * len(labels), (outputs.argmax(1) == labels).sum()])
             seen += len(labels)
-            if progress.update():  # true where the bar was due to be redrawn
+            if progress.update():  # not over the bar itself, for this tells when it was due to be redrawn
                 lr = optimizer.param_groups[0]["lr"]
                 progress.set_postfix_str("loss {:.4f}, accuracy {:.2f} %, lr {:.4f}".format(*means(), lr), False)
     if not seen:
@@ -314,7 +314,7 @@ def resumable(path, recipe, histories, **parts):
     for epoch in range(len(histories[0]) + 1, recipe.epochs + 1):
         try:
             yield epoch
-        finally:  # cut short between training and testing, too
+        finally:  # an exception closes a generator: nothing is left of an epoch that was trained but not tested
             done = min(map(len, histories))
             for history in histories:
                 del history[done:]
