@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from s6.utils import MEAN, STD, cpu_dtype
+from s6 import utils
 
 DATA, RESULTS = ROOT / "data", ROOT / "studies" / "results"
 
@@ -28,7 +28,7 @@ def about(device):
     import torchvision
 
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    name = f"{name}, {os.cpu_count()} CPUs, {str(cpu_dtype())[6:]}"
+    name = f"{name}, {os.cpu_count()} CPUs, {str(utils.cpu_dtype())[6:]}"
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -69,7 +69,7 @@ def course_loader(images, batch_size, workers=0, data=DATA):
         transforms.Resize((28, 28)),
         transforms.RandomRotation((-15.0, 15.0), fill=0),
         transforms.ToTensor(),
-        transforms.Normalize((MEAN,), (STD,)),
+        transforms.Normalize((utils.MEAN,), (utils.STD,)),
     ]
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: that is the question
     dataset = Subset(MNIST(data, transform=transforms.Compose(steps)), range(images))

@@ -16,6 +16,12 @@ ROWS = read(accuracy.RESULTS / "accuracy.csv")
 EVERY = {name: changes for _, variants in accuracy.STUDIES.values() for name, changes in variants.items()}
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """What a trial sets for its process does not outlast the test."""
+    monkeypatch.setattr("s6.utils.cpu_dtype", lambda: torch.float32)
+
+
 PARAMETERS = {
     "the course's recipe": 10_474,
     "pooling one block earlier": 10_474,
@@ -35,8 +41,7 @@ def test_the_ladder_leads_from_the_course_to_ours_and_no_two_variants_are_the_sa
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_each_variant_trains(name, mnist, monkeypatch):
-    monkeypatch.setattr("s6.utils.cpu_dtype", lambda: torch.float32)  # which one of them changes
+def test_each_variant_trains(name, mnist):
     row = accuracy.trial(name, "60k/test", 1, images=256, **EVERY[name] | {"epochs": 1})
     assert 0 < float(row["last"]) < 100 and len(row["accuracies"].split()) == len(row["losses"].split()) == 1
     assert row["parameters"] == PARAMETERS.get(name, row["parameters"])
