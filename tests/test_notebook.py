@@ -17,6 +17,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
+from PIL import Image
 
 from s6.model import Net
 from s6.utils import Recipe
@@ -24,9 +25,9 @@ from s6.utils import Recipe
 NOTEBOOK, ABLATION = (nbformat.read(ROOT / "notebooks" / name, as_version=4) for name in ("S6.ipynb", "ablation.ipynb"))
 CODE, ABLATION_CODE = ([cell for cell in each.cells if cell.cell_type == "code"] for each in (NOTEBOOK, ABLATION))
 SOURCES = [cell.source for cell in CODE]
-SETTINGS, TRAINING, CURVES = (
+SETTINGS, TRAINING, CURVES, VERDICT, HANDWRITING = (
     next(i for i, source in enumerate(SOURCES) if re.search(f"^{start}", source, re.MULTILINE))
-    for start in ("recipe =", "for epoch in resumable", "plot_curves")
+    for start in ("recipe =", "for epoch in resumable", "plot_curves", "torch.save", "picture =")
 )
 MODULES = ("model.py", "utils.py")
 
@@ -35,12 +36,12 @@ def text_of(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-@pytest.mark.parametrize("code", [CODE, ABLATION_CODE], ids=["S6", "ablation"])
-def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_particular(code):
+@pytest.mark.parametrize(("code", "pictures"), [(CODE, 5), (ABLATION_CODE, 7)], ids=["S6", "ablation"])
+def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_particular(code, pictures):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == pictures
     assert not re.search(r"/(home|root|work|tmp|Users|content)/", json.dumps(outputs))
 
 
@@ -48,7 +49,7 @@ def test_stored_run_reached_the_goal_with_the_recipe():
     assert ast.literal_eval(CODE[SETTINGS].outputs[0].data["text/plain"]) == vars(Recipe())
     lines = re.findall(r"^epoch +(\d+): .* test loss .* accuracy (\S+) %$", text_of(CODE[TRAINING]), re.MULTILINE)
     assert [int(epoch) for epoch, _ in lines] == list(range(1, 21)) and float(lines[-1][1]) > 99.4
-    assert text_of(CODE[-1]) == "Passed: more than 99.4 % at the last epoch, 10,474 parameters, 20 epochs\n"
+    assert text_of(CODE[VERDICT]) == "Passed: more than 99.4 % at the last epoch, 10,474 parameters, 20 epochs\n"
     assert NOTEBOOK.metadata.accelerator == "GPU"  # what Colab offers when it is opened there
 
 
@@ -85,14 +86,14 @@ COLAB = requirements(ROOT / "tests" / "colab-constraints.txt")
 
 def test_everything_that_notebooks_and_modules_import_is_in_colab():
     sources = [TransformerManager().transform_cell(cell.source) for cell in CODE + ABLATION_CODE]
-    sources += [(ROOT / "s6" / name).read_text() for name in MODULES]
+    sources += [path.read_text() for path in (ROOT / "s6").glob("*.py")]
     imported = set()
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
-    assert imported - set(sys.stdlib_module_names) - {"model", "utils"} <= set(COLAB)
+    assert imported - set(sys.stdlib_module_names) - {"model", "utils", "draw"} <= set(COLAB) | {"PIL", "IPython"}
 
 
 def test_colab_s_versions_satisfy_the_requirements():
@@ -199,6 +200,21 @@ def test_without_modules_or_repository_one_sentence_says_what_to_do(present, tmp
     assert error.startswith("AssertionError: Put studies/results/accuracy.csv beside this notebook")
 
 
+def test_handwriting_is_read_and_where_its_files_are_not_at_hand_a_sentence_says_so(place):
+    """With an untrained network, and a picture that the setting names."""
+    Image.new("L", (400, 300), "white").save(place / "digit.png")
+    ready = f"{SOURCES[0]}\nfrom model import Net\naveraged = Net()"
+    _, error = run(copy_modules(place), ready, SOURCES[HANDWRITING])
+    assert error == "AssertionError: Put draw.py and draw.html beside model.py, too"
+    for name in ("draw.py", "draw.html"):
+        shutil.copy(ROOT / "s6" / name, place)
+    cells, error = run(place, ready, *SOURCES[HANDWRITING:])
+    assert not error and "image/png" in cells[1].outputs[0].data
+    assert "<iframe srcdoc=" in cells[2].outputs[0].data["text/html"]
+    named = SOURCES[HANDWRITING].replace('picture = ""', 'picture = "digit.png"')
+    assert "there is no ink in this picture" in run(place, ready, named)[1]
+
+
 def test_a_lost_runtime_goes_on_from_a_folder_that_outlives_it(tmp_path_factory, mnist):
     """As on a mounted Drive: images and unfinished training lie there, and the second runtime has nothing else."""
     drive, *runtimes = (tmp_path_factory.mktemp(name) for name in ("drive", "first", "second"))
@@ -214,5 +230,6 @@ def test_a_lost_runtime_goes_on_from_a_folder_that_outlives_it(tmp_path_factory,
 
 
 def test_ablation_in_an_empty_folder(tmp_path, repository):
-    cells, error = run(tmp_path, *(cell.source for cell in ABLATION_CODE), **repository)
-    assert not error and [text_of(cell) for cell in cells] == [text_of(cell) for cell in ABLATION_CODE]
+    cells, error = run(tmp_path, *(cell.source.replace("10_000  #", "500  #") for cell in ABLATION_CODE), **repository)
+    assert not error and [text_of(cell) for cell in cells[:-1]] == [text_of(cell) for cell in ABLATION_CODE[:-1]]
+    assert "image/png" in cells[-1].outputs[-1].data  # trained on few images

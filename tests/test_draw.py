@@ -1,0 +1,171 @@
+"""Pictures of digits come out as MNIST has them, the bad ones with a sentence; the page carries the network."""
+
+import ast
+import base64
+import html
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image, ImageDraw
+
+from s6 import utils
+from s6.draw import MEAN, STD, classify, drawing_page, plot_reading, read_picture
+from s6.model import Net
+
+PAGE = (ROOT / "docs" / "index.html").read_text()
+
+
+def network_in(page):
+    """The network that a page carries, its BatchNorms without effect, for they are in the convolutions."""
+    layers = ast.literal_eval(re.search(r"LAYERS = (.*);", page)[1])
+    weights = torch.frombuffer(bytearray(base64.b64decode(re.search(r'atob\("(.*?)"\)', page)[1])), dtype=torch.float32)
+    net = Net()
+    convolutions = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert layers == [list(c.weight.shape)[:3] for c in convolutions[:3]] + [2] + [
+        list(c.weight.shape)[:3] for c in convolutions[3:]
+    ]
+    with torch.no_grad():
+        for conv in convolutions:
+            for part in (conv.weight, conv.bias):
+                part.copy_(weights[: part.numel()].view_as(part))
+                weights = weights[part.numel() :]
+        for norm in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+            norm.running_var.fill_(1 - norm.eps)
+    assert not len(weights)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def network():
+    return network_in(PAGE)
+
+
+def on_paper(digit, generator, side):
+    """A (28, 28) digit in dark ink, enlarged, somewhere on an 800 × 600 sheet of unevenly lit and noisy paper."""
+    y, x = np.mgrid[:600, :800] / 800 - 0.5
+    slope = generator.uniform(-40, 40, 2)
+    sheet = generator.uniform(180, 220) + slope[0] * y + slope[1] * x
+    ink = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC), float) / 255
+    top, left = generator.integers(601 - side), generator.integers(801 - side)
+    part = sheet[top : top + side, left : left + side]
+    part += (generator.uniform(30, 80) - part) * ink
+    return (sheet + generator.normal(0, 8, sheet.shape)).clip(0, 255).astype(np.uint8)
+
+
+def test_mnist_s_digits_on_paper_are_read_as_well_as_they_are(network):
+    images, labels = utils.load_mnist(ROOT / "data", train=False)
+    images, labels = images[:1000, 0].numpy(), labels[:1000]
+    generator = np.random.default_rng(0)
+    read = np.stack([read_picture(on_paper(image, generator, 280)) for image in images])
+    straight, found = ((classify(network, each)[0] == labels).float().mean().item() for each in (images, read))
+    print(f"read straight {straight:.1%}, on paper {found:.1%}")
+    assert found >= 0.99
+
+
+def seven(size=(400, 300), paper=230, ink=40, mode="L", at=(0, 0)):
+    picture = Image.new(mode, size, paper)
+    points = [(x + at[0], y + at[1]) for x, y in [(140, 80), (240, 76), (185, 230)]]
+    ImageDraw.Draw(picture).line(points, ink, 14)
+    return picture
+
+
+def test_what_a_camera_and_a_program_do_to_a_digit_changes_little(tmp_path):
+    image = read_picture(seven()).astype(int)
+    assert image.max() == 255 and (image > 127).any(1).sum() in (19, 20, 21)
+    rows, columns = np.indices(image.shape)
+    assert abs((image * rows).sum() / image.sum() - 14) < 0.1 and abs((image * columns).sum() / image.sum() - 14) < 0.1
+    rotated = seven().transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    rotated.save(tmp_path / "phone.jpg", exif=exif, quality=95)
+    seven().save(tmp_path / "first.gif", save_all=True, append_images=[Image.new("L", (400, 300), 230)])
+    shaded = np.asarray(seven(), float) - np.linspace(0, 60, 400)
+    same = {
+        "elsewhere": seven(at=(-130, 60)),
+        "light on dark": seven(paper=20, ink=200),
+        "coloured": seven(paper=(250, 240, 200), ink=(20, 20, 160), mode="RGB"),
+        "transparent": seven(paper=(0, 0, 0, 0), ink=(0, 0, 0, 255), mode="RGBA"),
+        "large": seven().resize((4000, 3000)),
+        "phone": tmp_path / "phone.jpg",
+        "animated": str(tmp_path / "first.gif"),
+        "shaded": shaded.astype(np.uint8),
+        "array": np.asarray(seven().convert("RGB")),
+        "at the border": seven().crop((133, 69, 247, 238)),
+    }
+    for name, picture in same.items():
+        assert abs(read_picture(picture) - image).mean() < 4, name
+
+
+def test_three_digits_are_read_as_one():
+    three = Image.new("L", (1200, 300), 230)
+    for i in range(3):
+        three.paste(seven(), (400 * i, 0))
+    rows, columns = np.nonzero(read_picture(three) > 127)
+    assert np.ptp(columns) in (18, 19, 20) and np.ptp(rows) < 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "cannot identify"), (b"%PDF-1.7\n", "cannot identify"), (b"GIF89a", "picture"), (None, "No such file")],
+    ids=["empty", "pdf", "cut short", "missing"],
+)
+def test_what_is_no_picture_is_refused(content, message, tmp_path):
+    path = tmp_path / "digit.png"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"this cannot be read as a picture: .*{message}"):
+        read_picture(path)
+
+
+def test_an_array_of_shares_is_refused():
+    with pytest.raises(ValueError, match="this cannot be read as a picture: Cannot cast .*float64.*uint8"):
+        read_picture(np.asarray(seven()) / 255)
+
+
+@pytest.mark.parametrize("picture", ["one pixel", "one colour", "noise", "shade"])
+def test_paper_without_ink_is_refused(picture):
+    noise = np.random.default_rng(0).normal(200, 15, (600, 800)).clip(0, 255).astype(np.uint8)
+    shade = np.broadcast_to(np.linspace(90, 220, 800), (600, 800)).astype(np.uint8)
+    blank = {"one pixel": np.zeros((1, 1), np.uint8), "one colour": Image.new("RGB", (300, 200), "red")}
+    with pytest.raises(ValueError, match="there is no ink in this picture"):
+        read_picture((blank | {"noise": noise, "shade": shade})[picture])
+
+
+def test_sixteen_megapixels_take_less_than_a_second(tmp_path):
+    seven().resize((4000, 4000)).save(tmp_path / "large.png")
+    start = time.process_time()
+    read_picture(tmp_path / "large.png")
+    assert time.process_time() - start < 1
+
+
+def test_classify_and_its_picture(network):
+    assert (MEAN, STD) == (utils.MEAN, utils.STD)
+    images = torch.stack([torch.from_numpy(read_picture(seven())), torch.zeros(28, 28, dtype=torch.uint8)])
+    labels, probabilities = classify(network, images)
+    assert labels[0] == 7 and torch.allclose(probabilities.sum(1), torch.ones(2))
+    assert torch.equal(probabilities, classify(network, images.numpy())[1])
+    fig = plot_reading(seven(), images[0].numpy(), probabilities[0])
+    assert [bar.get_height() for bar in fig.axes[2].patches] == probabilities[0].tolist()
+
+
+def test_the_page_carries_the_network_batch_normalisation_folded(batches):
+    torch.manual_seed(0)
+    net = Net()
+    for norm in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        for part in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            part.uniform_(0.5, 1.5)
+    images, _ = next(iter(batches))
+    assert torch.allclose(network_in(drawing_page(net))(images), net.eval()(images), atol=1e-5)
+
+
+def test_the_stored_page_is_the_template_with_the_stored_notebook_s_network_which_is_above_the_goal(network):
+    assert drawing_page(network) == PAGE
+    cells = json.loads((ROOT / "notebooks" / "S6.ipynb").read_text())["cells"]
+    assert html.escape(PAGE) in "".join(cells[-1]["outputs"][0]["data"]["text/html"])
+    images, labels = utils.load_mnist(ROOT / "data", train=False)
+    assert (classify(network, images[:, 0])[0] == labels).sum() > 9940
