@@ -50,7 +50,7 @@ test-colab: data
 # The page to draw on, docs/index.html, with the weights of the newest training.
 draw: .venv/installed
 	$(BIN)/python -c "import torch; from s6.draw import drawing_page; from s6.model import Net; net = Net(); \
-		net.load_state_dict(torch.load('checkpoints/S6.pt')); open('docs/index.html', 'w').write(drawing_page(net))"
+		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); open('docs/index.html', 'w').write(drawing_page(net))"
 
 # For maintainers: the outputs that the repository shows, of S6.ipynb with the curves that README shows, ...
 stored: data
@@ -59,6 +59,7 @@ stored: data
 	$(NBCONVERT) --to notebook --inplace $(COALESCE) notebooks/S6.ipynb
 	$(NBCONVERT) --to markdown --output-dir build notebooks/S6.ipynb
 	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 2p') notebooks/curves.png  # the second picture
+	$(MAKE) draw
 
 # ... and, after new rows in studies/results/accuracy.csv, of the notebook that draws them.
 ablation: data

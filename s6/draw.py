@@ -14,44 +14,44 @@ MEAN, STD = 0.1307, 0.3081  # as in utils.py: the modules do not import each oth
 
 
 def _open(picture):
-    """Return a picture as a grey PIL image, upright; what is transparent in it is white, as on a page."""
+    """Return a picture as a grey PIL image, upright, of at most 400 x 400; what is transparent in it is white."""
     try:
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture.astype(np.uint8, casting="safe"))
         picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
+        picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
     except Exception as error:  # Pillow raises many kinds over a file that is no picture, or half of one
-        raise ValueError(f"this cannot be read as a picture: {error}") from error
+        raise ValueError(f"this cannot be read as a picture, such as a JPEG or PNG: {error}") from error
 
 
 def read_picture(picture):
     """Return the digit in a picture as MNIST would have it, light on black: (28, 28) uint8.
 
     As LeCun et al. prepared theirs ("Gradient-based learning applied to document recognition", 1998): cut to the ink,
-    the longer side scaled to 20 pixels, the centre of mass in the middle. All ink counts as one digit.
+    the longer side scaled to 20 pixels, the centre of mass in the middle. Whatever is not paper counts as ink.
+
     `picture` is a path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8, dark on light or light on
     dark, with more paper than ink. Raises ValueError for what is no picture, and for one without ink.
     """
-    picture = _open(picture)
-    picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
-    if min(picture.size) > 100:  # enough to tell a stroke from single bad pixels
-        picture = picture.filter(ImageFilter.MedianFilter(3))
     # The paper is a plane of grey levels, for light from a side. Each fit leaves out what stood out from the last one.
-    grey = np.asarray(picture, np.float32)
-    places, paper = np.stack([np.ones_like(grey), *np.indices(grey.shape)], -1), np.full(grey.shape, True)
+    grey = np.asarray(_open(picture), np.float32)
+    terms, paper = np.stack([np.ones_like(grey), *np.indices(grey.shape)], -1), np.full(grey.shape, True)
     for _ in range(5):
-        some = places[paper]
-        rest = grey - places @ np.linalg.lstsq(some.T @ some, some.T @ grey[paper], rcond=None)[0]
-        paper = abs(rest) <= 2 * np.median(abs(rest[paper])) + 1
-    rest = rest if rest.sum() > 0 else -rest  # of dark ink
-    level = np.quantile(rest, 0.999)
-    if level < max(25, 8 * np.median(abs(rest[paper]))):
-        raise ValueError("there is no ink in this picture, or it hardly stands out from the paper")
-    ink = np.clip((rest / level - 0.3) / 0.4, 0, 1)  # half the level is the edge of a stroke; noise becomes black
-    (top, bottom), (left, right) = (np.flatnonzero((ink >= 0.5).any(axis))[[0, -1]] for axis in (1, 0))
-    ink = ink[top : bottom + 1, left : right + 1]
-    side, margin = 30 / 20 * max(ink.shape), 2 * max(ink.shape)  # of the square that becomes the image and a rim of 1
+        known = terms[paper]
+        residual = grey - terms @ np.linalg.lstsq(known.T @ known, known.T @ grey[paper], rcond=None)[0]
+        noise = np.median(abs(residual[paper]))
+        paper = abs(residual) <= 2 * noise + 1
+    residual = residual if residual.sum() > 0 else -residual  # ink is positive from here on
+    ink = residual > max(25, 8 * noise)
+    if not ink.any():
+        raise ValueError("no ink found: let the paper fill the picture, come closer, or take a thicker pen")
+    # Half the level of ink is the edge of a stroke; what is far below it, noise, becomes black.
+    ink = np.clip((residual / np.quantile(residual[ink], 0.9) - 0.3) / 0.4, 0, 1)
+    rows, columns = (np.flatnonzero((ink >= 0.5).any(axis)) for axis in (1, 0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    side, margin = 30 / 20 * max(ink.shape), max(ink.shape)  # of a square: the image and, for the blur, a rim of 1
     # Its upper left corner. In MNIST the centre of mass lies on the pixel [14, 14], the middle of which is at 14.5.
     y, x = ((np.indices(ink.shape) + 0.5) * ink).sum((1, 2)) / ink.sum() + margin - 15.5 / 30 * side
     square = Image.fromarray(np.pad((255 * ink).round().astype(np.uint8), margin))
@@ -81,8 +81,8 @@ def plot_reading(picture, image, probabilities):
 
 
 def drawing_page(model):
-    """Return the page that runs this `Net`, of whatever channels: draw.html with the weights in it."""
-    layers = list(getattr(model, "module", model).eval().layers)[:-1]
+    """Return draw.html with this model's weights in it; it runs `Net`, of whatever channels, but no other layers."""
+    layers = list(getattr(model, "module", model).eval().layers)[:-1]  # the average comes by itself
     layers = [fuse_conv_bn_eval(layer[0], layer[1]) if isinstance(layer, nn.Sequential) else layer for layer in layers]
     shapes = [list(layer.weight.shape)[:3] if isinstance(layer, nn.Conv2d) else layer.kernel_size for layer in layers]
     weights = torch.cat([p.detach().flatten().cpu() for layer in layers for p in layer.parameters()]).numpy()

@@ -212,7 +212,7 @@ def test_handwriting_is_read_and_where_its_files_are_not_at_hand_a_sentence_says
     assert not error and "image/png" in cells[1].outputs[0].data
     assert "<iframe srcdoc=" in cells[2].outputs[0].data["text/html"]
     named = SOURCES[HANDWRITING].replace('picture = ""', 'picture = "digit.png"')
-    assert "there is no ink in this picture" in run(place, ready, named)[1]
+    assert "no ink found" in run(place, ready, named)[1]
 
 
 def test_a_lost_runtime_goes_on_from_a_folder_that_outlives_it(tmp_path_factory, mnist):
