@@ -57,7 +57,7 @@ RUNGS = {  # from there to ours, each with the keys that it takes from ours, or 
     "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU"},
     "one-cycle up to 0.2, Nesterov, weight decay": dict.fromkeys(("plain_sgd", "weight_decay", "lr", "schedule")),
     "batches of 250": {"batch_size": None},
-    "SiLU for ReLU": {"net": None},
+    "SiLU": {"net": None},
     "ours": {"average": None},  # the moving average
 }
 LADDER, changes = {}, COURSE
