@@ -36,7 +36,7 @@ def text_of(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-@pytest.mark.parametrize(("code", "pictures"), [(CODE, 5), (ABLATION_CODE, 7)], ids=["S6", "ablation"])
+@pytest.mark.parametrize(("code", "pictures"), [(CODE, 5), (ABLATION_CODE, 6)], ids=["S6", "ablation"])
 def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_particular(code, pictures):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
@@ -197,7 +197,7 @@ def test_without_modules_or_repository_one_sentence_says_what_to_do(present, tmp
     _, error = run(tmp_path, SOURCES[0], **address_is("/nowhere"))
     assert error.startswith("AssertionError: Put model.py and utils.py, both, beside this notebook")
     _, error = run(tmp_path, ABLATION_CODE[0].source, **address_is("/nowhere"))
-    assert error.startswith("AssertionError: Put studies/results/accuracy.csv beside this notebook")
+    assert error.startswith("AssertionError: Put studies/results/accuracy.csv, s6/model.py, s6/utils.py beside this")
 
 
 def test_handwriting_is_read_and_where_its_files_are_not_at_hand_a_sentence_says_so(place):
