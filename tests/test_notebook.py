@@ -57,7 +57,7 @@ def test_readme_shows_the_pictures_of_the_stored_runs():
     curves = base64.b64decode(CODE[CURVES].outputs[-1].data["image/png"])
     assert (ROOT / "notebooks" / "curves.png").read_bytes() == curves
     pictures = re.findall(r"!\[.*\]\((notebooks/.*\.png)\)", (ROOT / "README.md").read_text())
-    assert pictures == ["notebooks/curves.png", "notebooks/ablation.png"] and (ROOT / pictures[1]).is_file()
+    assert pictures == ["notebooks/curves.png", "notebooks/widths.png"] and (ROOT / pictures[1]).is_file()
 
 
 def test_readme_s_example_runs(batches, monkeypatch, capsys):
@@ -230,6 +230,6 @@ def test_a_lost_runtime_goes_on_from_a_folder_that_outlives_it(tmp_path_factory,
 
 
 def test_ablation_in_an_empty_folder(tmp_path, repository):
-    cells, error = run(tmp_path, *(cell.source.replace("10_000  #", "500  #") for cell in ABLATION_CODE), **repository)
+    cells, error = run(tmp_path, *(cell.source.replace("2, 10_000", "2, 500") for cell in ABLATION_CODE), **repository)
     assert not error and [text_of(cell) for cell in cells[:-1]] == [text_of(cell) for cell in ABLATION_CODE[:-1]]
     assert "image/png" in cells[-1].outputs[-1].data  # trained on few images
