@@ -24,9 +24,8 @@ def network_in(page):
     weights = torch.frombuffer(bytearray(base64.b64decode(re.search(r'atob\("(.*?)"\)', page)[1])), dtype=torch.float32)
     net = Net()
     convolutions = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
-    assert layers == [list(c.weight.shape)[:3] for c in convolutions[:3]] + [2] + [
-        list(c.weight.shape)[:3] for c in convolutions[3:]
-    ]
+    shapes = [list(conv.weight.shape)[:3] for conv in convolutions]
+    assert layers == [*shapes[:3], 2, *shapes[3:]]
     with torch.no_grad():
         for conv in convolutions:
             for part in (conv.weight, conv.bias):
@@ -43,14 +42,14 @@ def network():
     return network_in(PAGE)
 
 
-def on_paper(digit, generator, side):
-    """A (28, 28) digit in dark ink, enlarged, somewhere on an 800 × 600 sheet of unevenly lit and noisy paper."""
+def on_paper(digit, generator):
+    """A (28, 28) digit in dark ink, ten times as large, on an 800 × 600 sheet of unevenly lit and noisy paper."""
     y, x = np.mgrid[:600, :800] / 800 - 0.5
     slope = generator.uniform(-40, 40, 2)
     sheet = generator.uniform(180, 220) + slope[0] * y + slope[1] * x
-    ink = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC), float) / 255
-    top, left = generator.integers(601 - side), generator.integers(801 - side)
-    part = sheet[top : top + side, left : left + side]
+    ink = np.asarray(Image.fromarray(digit).resize((280, 280), Image.Resampling.BICUBIC), float) / 255
+    top, left = generator.integers(321), generator.integers(521)
+    part = sheet[top : top + 280, left : left + 280]
     part += (generator.uniform(30, 80) - part) * ink
     return (sheet + generator.normal(0, 8, sheet.shape)).clip(0, 255).astype(np.uint8)
 
@@ -59,7 +58,7 @@ def test_mnist_s_digits_on_paper_are_read(network):
     images, labels = utils.load_mnist(ROOT / "data", train=False)
     images, labels = images[:1000, 0].numpy(), labels[:1000]
     generator = np.random.default_rng(0)
-    read = np.stack([read_picture(on_paper(image, generator, 280)) for image in images])
+    read = np.stack([read_picture(on_paper(image, generator)) for image in images])
     right = (classify(network, read)[0] == labels).float().mean().item()
     assert right >= 0.99, f"{right:.1%}"
 
