@@ -12,8 +12,8 @@
 - C, the floor, is B's forward, backward and step on one batch that stays. Then the levers: C with one thing changed.
 
 They take turns, three each, B and C nine, so that a slow minute of the machine hits them all. A turn is a process,
-because how memory is freed is settled when one starts; it trains two epochs, and the second one counts. Its row is written when it ends,
-to speed.csv or goal.csv; what has its row from this device is not run again.
+because how memory is freed is settled when one starts; it trains two epochs, and the second one counts. Its row is
+written when it ends, to speed.csv or goal.csv; what has its row from this device is not run again.
 """
 
 import argparse
