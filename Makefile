@@ -9,10 +9,6 @@ LOAD := $(BIN)/python -c "import socket, s6.utils; socket.setdefaulttimeout(60);
 # An unfinished training of yours is kept, but not taken up: every epoch is to have its line.
 ASIDE := if [ -f checkpoints/unfinished.pt ]; then mv checkpoints/unfinished.pt checkpoints/unfinished.old; fi
 
-# glibc keeps what torch frees: handed back, it would be mapped anew in every step, page by page.
-export MALLOC_MMAP_THRESHOLD_ := 33554432
-export MALLOC_TRIM_THRESHOLD_ := 2147483647
-
 .PHONY: run test lint data test-browser test-colab draw stored ablation clean
 
 run: data

@@ -217,9 +217,7 @@ def run(jobs, path, workers):
 
     A failed one raised an error, such as a loss that is not finite; it has no row.
     """
-    # For the workers, which start anew. The Makefile says what the two of glibc do.
-    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": f"{2**25}", "MALLOC_TRIM_THRESHOLD_": f"{2**31 - 1}"}
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # for the workers, which start anew
     commit, failed = about(get_device())["commit"], 0
     # A process for each trial: one that dies takes no other with it, and bfloat16 stays where it was asked for.
     with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:

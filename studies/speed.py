@@ -7,8 +7,8 @@
 
 - A, the ordinary way, is the course's: images through PIL one by one, a DataLoader at its best number of workers, plain
   SGD, two numbers read from the device in each step. Then without its dropout, which one thread draws on a CPU, then
-  with freed memory kept as well: beside B in batches of 512 only the loading and the loop differ.
-- B, ours, trains as the notebook does; with fewer images and in other batches too, to see how it grows.
+  with freed memory kept as well: beside B in batches of 512 only loading and loop differ, their layout and type too.
+- B, ours, trains as the notebook does, freed memory kept; with fewer images and in other batches, to see how it grows.
 - C, the floor, is B's forward, backward and step on one batch that stays. Then the levers: C with one thing changed.
 
 They take turns, three each, B and C nine, so that a slow minute of the machine hits them all. A turn is a process,
@@ -204,7 +204,8 @@ def tables(folder):
             print(f"| {median(first):.1f} s | {median(memory):,.0f} MiB |")
             if "images" not in name:
                 axes.barh(name, middle, xerr=[[middle - s[0]], [s[-1] - middle]], color=f"C{'ABC'.index(name[0])}")
-        axes.set(title=f"An epoch on {device}", xlabel="seconds: median, lowest, highest", ylim=axes.get_ylim()[::-1])
+        axes.set(title=f"A: the ordinary way, B: ours, C: its steps on one batch. {device}", ylim=axes.get_ylim()[::-1])
+        axes.set_xlabel("seconds of an epoch: median, lowest, highest")
         print(f"\n| | measured |\n|---|---|\n| B / A | 1 / {mid['A'] / mid['B']:.1f} |")
         print(f"| B / A without A's dropout | 1 / {mid['A, no dropout'] / mid['B']:.1f} |")
         print(f"| and both in batches of 512 | 1 / {mid['A, no dropout'] / mid['B, batches of 512']:.1f} |")

@@ -1,9 +1,11 @@
-"""The speed study runs, and goes on where it stopped; its Muon is what it says. No figure here means anything."""
+"""The speed study runs, and goes on where it stopped; its Muon is what it says."""
 
+import shutil
 import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from s6.model import Net
 from studies import speed
@@ -36,6 +38,14 @@ def test_every_part_runs_and_nothing_twice(mnist, tmp_path, monkeypatch, capsys)
     said = start("tables")
     assert all(f"| {name} | " in said for name in names) and f"| {goal['settings']} | 50k/10k |" in said
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_the_studies_readme_shows_the_tables_of_the_stored_rows(tmp_path, capsys):
+    for name in ("speed.csv", "goal.csv"):
+        shutil.copy(ROOT / "studies" / "results" / name, tmp_path)
+    speed.tables(tmp_path)
+    for table in capsys.readouterr().out.strip().split("\n\n"):
+        assert table in (ROOT / "studies" / "README.md").read_text()
 
 
 def test_muon_steps_along_orthonormal_rows_and_keeps_the_norm():
