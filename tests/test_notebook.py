@@ -7,13 +7,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import nbformat
 import pytest
 import torch
 from conftest import ROOT
-from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from packaging.requirements import Requirement
@@ -82,18 +80,6 @@ def requirements(path):
 
 
 COLAB = requirements(ROOT / "tests" / "colab-constraints.txt")
-
-
-def test_everything_that_notebooks_and_modules_import_is_in_colab():
-    sources = [TransformerManager().transform_cell(cell.source) for cell in CODE + ABLATION_CODE]
-    sources += [path.read_text() for path in (ROOT / "s6").glob("*.py")]
-    imported = set()
-    for node in (node for source in sources for node in ast.walk(ast.parse(source))):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.split(".")[0])
-    assert imported - set(sys.stdlib_module_names) - {"model", "utils", "draw"} <= set(COLAB) | {"PIL", "IPython"}
 
 
 def test_colab_s_versions_satisfy_the_requirements():

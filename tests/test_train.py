@@ -1,5 +1,4 @@
 import copy
-import subprocess
 import sys
 from functools import partialmethod
 
@@ -203,17 +202,3 @@ def test_what_cannot_be_learnt_is_named_and_the_histories_stay(broken, said, bat
     assert histories == ([1.0], [2.0])
     with pytest.raises(ValueError, match="the test loader is empty"):
         test(model, "cpu", [], F.nll_loss)
-
-
-def test_importing_a_module_does_nothing():
-    code = """
-import sys, torch
-state = torch.get_rng_state()
-for name, other in (("model", "utils"), ("utils", "model")):
-    __import__(name)
-    assert not {other, "torchvision"} & sys.modules.keys()
-    del sys.modules[name]
-assert torch.equal(state, torch.get_rng_state()) and not torch.cuda.is_initialized()
-"""
-    done = subprocess.run([sys.executable, "-Bc", code], cwd=ROOT / "s6", capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
