@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from s6 import utils
 from s6.model import ConvBlock, Net
-from s6.utils import Loader, Recipe, mnist_loaders, test, train
-from studies.common import DATA, RESULTS, about, append, course_loader, get_device, read
+from s6.utils import Recipe, test, train
+from studies.common import RESULTS, about, append, course_loader, get_device, loaders, read
 
 # ---------------------------------------------------------------------------------------------------------- variants
 # Name: what it changes about ours. The keys are fields of `Recipe`, or arguments of `trial`.
@@ -162,12 +162,7 @@ def trial(
     start, device, recipe = time.process_time(), get_device(), Recipe(seed=seed, **fields)
     # In float32, as a GPU does, on every CPU. The process ends with the trial.
     utils.cpu_dtype = lambda: torch.bfloat16 if bfloat16 else torch.float32
-    loader, test_loader = mnist_loaders(recipe, device, DATA)
-    if split == "50k/10k":
-        test_loader = Loader(loader.images[50_000:], loader.labels[50_000:], recipe.batch_size)
-        loader.images, loader.labels = loader.images[:50_000], loader.labels[:50_000]
-    for part in (loader, test_loader):
-        part.images, part.labels = part.images[:images], part.labels[:images]
+    loader, test_loader = loaders(recipe, device, split, images)
     if augment == "none":
         loader.augment = None
     elif augment == "course":

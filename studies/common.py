@@ -1,4 +1,4 @@
-"""What both studies need: the course's way of loading, and rows that say where they were measured."""
+"""What both studies need: splits, the course's way of loading, and rows that say where they were measured."""
 
 import csv
 import os
@@ -57,6 +57,17 @@ def append(path, row):
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def loaders(recipe, device, split, images=None):
+    """Return the loader that a split trains on, and the one that it reads; `images` takes only so many of both."""
+    loader, test_loader = utils.mnist_loaders(recipe, device, DATA)
+    if split == "50k/10k":
+        test_loader = utils.Loader(loader.images[50_000:], loader.labels[50_000:], recipe.batch_size)
+        loader.images, loader.labels = loader.images[:50_000], loader.labels[:50_000]
+    for part in (loader, test_loader):
+        part.images, part.labels = part.images[:images], part.labels[:images]
+    return loader, test_loader
 
 
 def course_loader(images, batch_size, workers=0, data=DATA):

@@ -2,18 +2,17 @@
 
     .venv/bin/python studies/speed.py epochs             # half an hour on two cores that do nothing else
     .venv/bin/python studies/speed.py goal --seeds 10    # the short schedule, one seed after the other
-    .venv/bin/python studies/speed.py goal --split 50k/10k --set epochs=5 lr=0.02    # how its settings were chosen
     .venv/bin/python studies/speed.py tables             # prints the rows of both, draws results/speed.png
 
 - A, the ordinary way, is the course's: images through PIL one by one, a DataLoader at its best number of workers, plain
-  SGD, two numbers read from the device in each step. Then without its dropout, which one thread draws on a CPU, then
-  with freed memory kept as well: beside B in batches of 512 only loading and loop differ, their layout and type too.
-- B, ours, trains as the notebook does, freed memory kept; with fewer images and in other batches, to see how it grows.
+  SGD in float32, two numbers read from the device in each step. Then without its dropout.
+- B, ours, trains as the notebook does; then with fewer images and in other batches, to see how it grows.
 - C, the floor, is B's forward, backward and step on one batch that stays. Then the levers: C with one thing changed.
 
-They take turns, three each, B and C nine, so that a slow minute of the machine hits them all. A turn is a process,
-because how memory is freed is settled when one starts; it trains two epochs, and the second one counts. Its row is
-written when it ends, to speed.csv or goal.csv; what has its row from this device is not run again.
+A minute of a shared machine may be half as fast as the next. So each of them trains in turn with C: half a piece of an
+epoch of C, a piece of its own, the other half of C; ten pieces, but of A one, for its workers would load on meanwhile.
+What counts is how many times C's seconds it took. Each has a process of its own, three times, and a row when that ends,
+in speed.csv or goal.csv; what has its row from this device is not run again. Linux only.
 """
 
 import argparse
@@ -22,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -31,25 +31,22 @@ import torch
 import torch.nn.functional as F
 
 from s6.model import Net
-from s6.utils import Loader, Recipe, cpu_dtype, load_mnist, mnist_loaders, test, train
-from studies.common import DATA, RESULTS, about, append, course_loader, get_device, read
+from s6.utils import Recipe, cpu_dtype, load_mnist, test, train
+from studies.common import DATA, RESULTS, about, append, course_loader, get_device, loaders, read
 
 # ------------------------------------------------------------------------------------------------- seconds of an epoch
-# Name: the arguments of `measure`; `kept` is one of `row`.
 
-A, B, C = {"way": "A", "batch_size": 512, "dropout": 0.005, "kept": False}, {"way": "B"}, {"way": "C"}
-PLAIN = A | {"dropout": 0.0}
-TURNS = {"A": A, "A, no dropout": PLAIN, "A, no dropout, memory kept": PLAIN | {"kept": True}, "B": B}
+A, B, C = {"way": "A", "batch_size": 512, "dropout": 0.005}, {"way": "B"}, {"way": "C"}
+LEVERS = ["no channels_last", "torch.compile"] + ["float32"] * (cpu_dtype() == torch.bfloat16)  # elsewhere C is
+TURNS = {"A": A, "A, no dropout": A | {"dropout": 0.0}, "B": B}  # arguments of `measure`
 TURNS |= {f"B, {n:,} images": B | {"share": n / 60_000} for n in (15_000, 30_000)}
-TURNS |= {f"B, batches of {n:,}": B | {"batch_size": n} for n in (125, 500, 512, 1000)}
-TURNS |= {"C": C, "C, dropout 0.005": C | {"dropout": 0.005}, "C, freed memory given back": C | {"kept": False}}
-TURNS |= {f"C, {lever}": C | {"lever": lever} for lever in ("no channels_last", "torch.compile")}
-TURNS |= {"C, float32": C | {"lever": "float32"}} if cpu_dtype() == torch.bfloat16 else {}  # elsewhere C is
+TURNS |= {f"B, batches of {n:,}": B | {"batch_size": n} for n in (125, 512, 1000)}
+TURNS |= {"C, dropout 0.005": C | {"dropout": 0.005}} | {f"C, {lever}": C | {"lever": lever} for lever in LEVERS}
 
 
-def measure(way, images, workers, batch_size=Recipe.batch_size, dropout=0.0, share=1.0, lever=None):
-    """Train one step and two epochs; return when the step had ended, the seconds of the last epoch, peak memory."""
-    device, recipe, images = get_device(), Recipe(batch_size=batch_size), int(share * images)
+def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, lever=None):
+    """Return the batches of an epoch, and a function that trains on as many as it is given."""
+    device, recipe = get_device(), Recipe(batch_size=batch_size)
     layout = torch.contiguous_format if way == "A" or lever == "no channels_last" else torch.channels_last
     model = Net(dropout).to(device, memory_format=layout)
     forward = torch.compile(model) if lever == "torch.compile" else model
@@ -58,15 +55,13 @@ def measure(way, images, workers, batch_size=Recipe.batch_size, dropout=0.0, sha
         batches = course_loader(images, batch_size, workers)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     else:
-        batches, _ = mnist_loaders(recipe, device, DATA)
-        batches.images, batches.labels = batches.images[:images], batches.labels[:images]
-        optimizer, scheduler, averaged = recipe.prepare(model, len(batches))
+        batches, _ = loaders(recipe, device, "60k/test", images)
+        optimizer, scheduler, averaged = recipe.prepare(model, 2 * len(batches))
         batches = [next(iter(batches))] * len(batches) if way == "C" else batches
 
-    def epoch(batches):
+    def steps(batches):
         if way == "B":
             return train(model, device, batches, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
-        model.train()
         for data, target in batches:
             data, target = data.to(device), target.to(device)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -79,25 +74,36 @@ def measure(way, images, workers, batch_size=Recipe.batch_size, dropout=0.0, sha
                 loss.item(), output.argmax(1).eq(target).sum().item()
         loss.item()  # waits for the device
 
-    ends = []
-    for part in ([next(iter(batches))], batches, batches):
-        epoch(part)
-        ends.append(time.time())
+    return batches, steps
+
+
+def measure(way, images, workers, share=1.0, **setting):
+    """Return the time when the first step had ended, peak memory, and the seconds of an epoch and of C beside it."""
+    batches, steps = prepared(way, images := int(share * images), workers, **setting)
+    steps([next(iter(batches))])
+    first = time.time()
+    steps(islice(batches, 1 + len(batches) // 10))  # to warm up
     # Of A without its workers. getrusage would count what the parent held when it started this process.
     memory = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else memory
-    return {"seconds": ends[2] - ends[1], "first step": ends[0], "MiB": memory}
+    memory = torch.cuda.max_memory_allocated() / 2**20 if get_device().type == "cuda" else memory
+    floor, floor_steps = prepared("C", images)
+    floor_steps(floor[: 1 + len(floor) // 10])
+    pieces, epoch, seconds = 1 if way == "A" else min(10, len(batches)), iter(batches), [0.0, 0.0]
+    half = floor[: max(1, len(floor) // pieces // 2)]
+    for i in range(pieces):
+        part = islice(epoch, len(batches) * (i + 1) // pieces - len(batches) * i // pieces)
+        for turn, (run, some) in enumerate([(floor_steps, half), (steps, part), (floor_steps, half)]):
+            start = time.perf_counter()
+            run(some)
+            seconds[turn % 2] += time.perf_counter() - start
+    return {"seconds": seconds[1], "seconds of C": seconds[0], "first step": first, "MiB": memory}
 
 
-def row(path, columns, key, function, until, kept=True, **arguments):
+def row(path, columns, key, function, until, **arguments):
     """Return the row with `key` from this device, or append it with what a process of its own gets from `function`."""
-    for old in read(path):
-        if (key | {"device": columns["device"]}).items() <= old.items():
-            return old
-    # Else glibc gives freed memory back after each step, and the next one maps it anew, page by page.
-    keep = {"MALLOC_MMAP_THRESHOLD_": f"{2**25}", "MALLOC_TRIM_THRESHOLD_": f"{2**31 - 1}"}
-    env = {name: value for name, value in os.environ.items() if name not in keep} | (keep if kept else {})
-    env["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # every compilation takes what the first one takes
+    if old := [one for one in read(path) if (key | {"device": columns["device"]}).items() <= one.items()]:
+        return old[0]
+    env = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # every compilation takes what the first one takes
     call, start = [sys.executable, __file__, "child", json.dumps([function, arguments])], time.time()
     child = subprocess.run(call, stdout=subprocess.PIPE, env=env)
     if child.returncode and arguments.get("lever") == "torch.compile":
@@ -113,17 +119,14 @@ def row(path, columns, key, function, until, kept=True, **arguments):
 
 def epochs(path, columns, images):
     """Find the best number of workers on a quarter of an epoch, then take the turns."""
-    seconds = {}
-    for n in (0, 1, 2, 4):
+
+    def quarter(n):
         key = {"name": f"A, 15,000 images, {n} workers", "turn": "1"}
-        quarter = row(path, columns, key, "measure", "first step", images=images // 4, workers=n, **A)
-        seconds[n] = float(quarter["seconds"])
-    workers = min(seconds, key=seconds.get)
-    turns = [(name, turn) for turn in "123" for name in TURNS]
-    turns += [(name, turn) for turn in "456789" for name in ("B", "C")]  # which differ by little
-    for name, turn in turns:
-        key = {"name": name, "turn": turn}
-        row(path, columns, key, "measure", "first step", images=images, workers=workers, **TURNS[name])
+        return float(row(path, columns, key, "measure", "first step", images=images // 4, workers=n, **A)["seconds"])
+
+    workers = min((0, 1, 2, 4), key=quarter)
+    for key in [{"name": name, "turn": turn} for turn in "123" for name in TURNS]:
+        row(path, columns, key, "measure", "first step", images=images, workers=workers, **TURNS[key["name"]])
 
 
 # ------------------------------------------------------------------------------------------------------ time to 99.4 %
@@ -162,11 +165,7 @@ def orthogonalized(matrix):
 def short(seed, split, images, sgd_lr, **fields):
     """Train with the short schedule and test once; return accuracy, loss and the time when they were known."""
     device, recipe = get_device(), Recipe(seed=seed, **fields)
-    loader, test_loader = mnist_loaders(recipe, device, DATA)
-    if split == "50k/10k":
-        test_loader = Loader(loader.images[50_000:], loader.labels[50_000:], recipe.batch_size)
-        loader.images, loader.labels = loader.images[:50_000], loader.labels[:50_000]
-    loader.images, loader.labels = loader.images[:images], loader.labels[:images]
+    loader, test_loader = loaders(recipe, device, split, images)
     torch.manual_seed(seed)
     model = Net().to(device, memory_format=torch.channels_last)
     optimizer, scheduler, averaged = recipe.prepare(model, len(loader))
@@ -192,31 +191,33 @@ def grouped(rows, names, figures):
 
 def tables(folder):
     """Print the tables of each device, and draw its bars: medians, lowest and highest."""
-    of = grouped(read(folder / "speed.csv"), ("device", "name"), ("seconds", "first step", "MiB"))
+    rows = [row | {"ratio": float(row["seconds"]) / float(row["seconds of C"])} for row in read(folder / "speed.csv")]
+    of = grouped(rows, ("device", "name"), ("seconds", "ratio", "first step", "MiB"))
     devices = list(dict.fromkeys(device for device, _ in of))
-    fig, panels = plt.subplots(max(1, len(devices)), figsize=(9, 7), layout="constrained", squeeze=False)
+    fig, panels = plt.subplots(max(1, len(devices)), figsize=(9, 6), layout="constrained", squeeze=False)
     for axes, device in zip(panels.flat, devices, strict=False):
-        mid = {name: median(of[device, name][0]) for there, name in of if there == device}
-        print(f"\n| an epoch on {device} | seconds | range | times A | first step | peak memory |\n" + "|---" * 6 + "|")
-        for name, middle in mid.items():
-            s, first, memory = of[device, name]
-            print(f"| {name} | {middle:.1f} | {s[0]:.1f} to {s[-1]:.1f} | {middle / mid['A']:.3f} ", end="")
+        mid = {}
+        print(f"| an epoch on {device} | seconds | times C | range | first step | peak memory |\n" + "|---" * 6 + "|")
+        for name, (seconds, ratio, first, memory) in ((name, of[there, name]) for there, name in of if there == device):
+            mid[name] = times = median(ratio)
+            print(f"| {name} | {median(seconds):.1f} | {times:.2f} | {ratio[0]:.2f} to {ratio[-1]:.2f} ", end="")
             print(f"| {median(first):.1f} s | {median(memory):,.0f} MiB |")
             if "images" not in name:
-                axes.barh(name, middle, xerr=[[middle - s[0]], [s[-1] - middle]], color=f"C{'ABC'.index(name[0])}")
+                axes.barh(name, times, xerr=[[times - ratio[0]], [ratio[-1] - times]], color=f"C{'ABC'.index(name[0])}")
+        axes.axvline(1, color="black", linestyle="--")
         axes.set(title=f"A: the ordinary way, B: ours, C: its steps on one batch. {device}", ylim=axes.get_ylim()[::-1])
-        axes.set_xlabel("seconds of an epoch: median, lowest, highest")
-        print(f"\n| | measured |\n|---|---|\n| B / A | 1 / {mid['A'] / mid['B']:.1f} |")
-        print(f"| B / A without A's dropout | 1 / {mid['A, no dropout'] / mid['B']:.1f} |")
-        print(f"| and both in batches of 512 | 1 / {mid['A, no dropout'] / mid['B, batches of 512']:.1f} |")
-        print(f"| and freed memory kept | 1 / {mid['A, no dropout, memory kept'] / mid['B, batches of 512']:.1f} |")
-        print(f"| outside forward, backward and step, 1 - C / B | {1 - mid['C'] / mid['B']:.0%} |")
+        axes.set_xlabel("time of an epoch beside C's: median, lowest, highest of three")
+        if mid.keys() >= {"A", "A, no dropout", "B", "B, batches of 512"}:  # else not all has been measured yet
+            print(f"\n| | measured |\n|---|---|\n| B / A | 1 / {mid['A'] / mid['B']:.1f} |")
+            print(f"| B / A without A's dropout | 1 / {mid['A, no dropout'] / mid['B']:.1f} |")
+            print(f"| and both in batches of 512 | 1 / {mid['A, no dropout'] / mid['B, batches of 512']:.1f} |")
+            print(f"| outside forward, backward and step, 1 - C / B | {1 - 1 / mid['B']:.0%} |\n")
     fig.savefig(folder / "speed.png", dpi=110)
-    print("\n| short schedule | split | device | accuracy (%) | lowest | loss | seconds | seeds |\n" + "|---" * 8 + "|")
+    print("| short schedule | split | device | accuracy (%) | lowest | loss | seconds | seeds |\n" + "|---" * 8 + "|")
     of = grouped(read(folder / "goal.csv"), ("settings", "split", "device"), ("accuracy", "loss", "seconds"))
     for key, (accuracy, loss, seconds) in of.items():
-        sd = f" ± {stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
-        print(f"| {' | '.join(key)} | {mean(accuracy):.2f}{sd} | {accuracy[0]:.2f} ", end="")
+        sd = stdev(accuracy) if len(accuracy) > 1 else float("nan")
+        print(f"| {' | '.join(key)} | {mean(accuracy):.2f} ± {sd:.2f} | {accuracy[0]:.2f} ", end="")
         print(f"| {mean(loss):.4f} | {median(seconds):.1f} | {len(loss)} |")
 
 
@@ -228,7 +229,7 @@ def main():
     parser.add_argument("part", choices=("epochs", "goal", "tables"))
     parser.add_argument("--split", choices=("60k/test", "50k/10k"), default="60k/test", help="of goal")
     parser.add_argument("--seeds", type=int, default=1, help="of goal: the seeds 1 to this one")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of goal: of the recipe, or others")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of goal: of Recipe, or sgd_lr")
     parser.add_argument("--images", type=int, default=60_000, help="take so few, to see that it runs; with --results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for the rows and the picture")
     options = parser.parse_args()
