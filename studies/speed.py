@@ -88,10 +88,12 @@ def measure(way, images, workers, share=1.0, **setting):
     memory = torch.cuda.max_memory_allocated() / 2**20 if get_device().type == "cuda" else memory
     floor, floor_steps = prepared("C", images)
     floor_steps(floor[: 1 + len(floor) // 10])
-    pieces, epoch, seconds = 1 if way == "A" else min(10, len(batches)), iter(batches), [0.0, 0.0]
+    seconds = [0.0, 0.0]  # of C, and its own
+    pieces, epoch = (1, None) if way == "A" else (min(10, len(batches)), iter(batches))  # A's workers would load on
     half = floor[: max(1, len(floor) // pieces // 2)]
     for i in range(pieces):
-        part = islice(epoch, len(batches) * (i + 1) // pieces - len(batches) * i // pieces)
+        count = len(batches) * (i + 1) // pieces - len(batches) * i // pieces
+        part = islice(epoch, count) if epoch else batches
         for turn, (run, some) in enumerate([(floor_steps, half), (steps, part), (floor_steps, half)]):
             start = time.perf_counter()
             run(some)
@@ -119,12 +121,12 @@ def row(path, columns, key, function, until, **arguments):
 
 def epochs(path, columns, images):
     """Find the best number of workers on a quarter of an epoch, then take the turns."""
-
-    def quarter(n):
+    ratios = {}
+    for n in (0, 1, 2, 4):
         key = {"name": f"A, 15,000 images, {n} workers", "turn": "1"}
-        return float(row(path, columns, key, "measure", "first step", images=images // 4, workers=n, **A)["seconds"])
-
-    workers = min((0, 1, 2, 4), key=quarter)
+        quarter = row(path, columns, key, "measure", "first step", images=images // 4, workers=n, **A)
+        ratios[n] = float(quarter["seconds"]) / float(quarter["seconds of C"])
+    workers = min(ratios, key=ratios.get)
     for key in [{"name": name, "turn": turn} for turn in "123" for name in TURNS]:
         row(path, columns, key, "measure", "first step", images=images, workers=workers, **TURNS[key["name"]])
 
@@ -135,10 +137,7 @@ SHORT = {"epochs": 4, "batch_size": 125, "lr": 0.03, "warmup": 0.1, "sgd_lr": 0.
 
 
 class Muon(torch.optim.Optimizer):
-    """Jordan's Muon for convolutions, as in his airbench94_muon, and SGD for the rest; both with Nesterov's momentum.
-
-    `torch.optim.Muon` takes matrices only. In place of weight decay, weights keep the norm of orthonormal rows.
-    """
+    """Muon for convolutions, as in Jordan's airbench94_muon (torch's takes only matrices), for the rest Nesterov's SGD."""
 
     @torch.no_grad()
     def step(self):
@@ -149,7 +148,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.add(buffer, alpha=group["momentum"])
                 if p.ndim > 1:
                     update = orthogonalized(update.flatten(1)).view_as(p)
-                    p.mul_(len(p) ** 0.5 / p.norm())
+                    p.mul_(len(p) ** 0.5 / p.norm())  # that of orthonormal rows, in place of weight decay
                 p.sub_(update, alpha=group["lr"])
 
 
