@@ -137,7 +137,7 @@ SHORT = {"epochs": 4, "batch_size": 125, "lr": 0.03, "warmup": 0.1, "sgd_lr": 0.
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for convolutions, as in Jordan's airbench94_muon (torch's takes only matrices), for the rest Nesterov's SGD."""
+    """Muon for convolutions as in Jordan's airbench94_muon, for torch's takes only matrices; else Nesterov's SGD."""
 
     @torch.no_grad()
     def step(self):
