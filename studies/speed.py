@@ -232,6 +232,7 @@ def main():
     parser.add_argument("--images", type=int, default=60_000, help="take so few, to see that it runs; with --results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for the rows and the picture")
     options = parser.parse_args()
+    options.results.mkdir(parents=True, exist_ok=True)
     load_mnist(DATA)  # fetched here, not in a time that is measured
     if options.part == "tables":
         return tables(options.results)
