@@ -56,7 +56,7 @@ def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     else:
         batches, _ = loaders(recipe, device, "60k/test", images)
-        optimizer, scheduler, averaged = recipe.prepare(model, 2 * len(batches))
+        optimizer, scheduler, averaged = recipe.prepare(model, len(batches))
         batches = [next(iter(batches))] * len(batches) if way == "C" else batches
 
     def steps(batches):
@@ -190,7 +190,7 @@ def grouped(rows, names, figures):
 
 def tables(folder):
     """Print the tables of each device, and draw its bars: medians, lowest and highest."""
-    rows = [row | {"ratio": float(row["seconds"]) / float(row["seconds of C"])} for row in read(folder / "speed.csv")]
+    rows = [one | {"ratio": float(one["seconds"]) / float(one["seconds of C"])} for one in read(folder / "speed.csv")]
     of = grouped(rows, ("device", "name"), ("seconds", "ratio", "first step", "MiB"))
     devices = list(dict.fromkeys(device for device, _ in of))
     fig, panels = plt.subplots(max(1, len(devices)), figsize=(9, 6), layout="constrained", squeeze=False)
@@ -233,9 +233,9 @@ def main():
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for the rows and the picture")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)
-    load_mnist(DATA)  # fetched here, not in a time that is measured
     if options.part == "tables":
         return tables(options.results)
+    load_mnist(DATA)  # fetched here, not in a time that is measured
     columns = about(get_device())
     if options.part == "epochs":
         return epochs(options.results / "speed.csv", columns, options.images)
