@@ -35,7 +35,7 @@ data: .venv/installed
 
 # The notebook in JupyterLab and the drawing page, in a browser. Pictures of both: build/*.png.
 test-browser: data .venv/browser
-	$(BIN)/python -m pytest tests/in_browser.py tests/draw_in_browser.py
+	$(BIN)/python -m pytest tests/in_browser.py
 
 # The notebooks and the ways in, with the versions of Colab's image.
 test-colab: data

@@ -106,14 +106,6 @@ def test_a_small_or_thin_seven_stays_one(scale, width, noise, network):
     assert labels.tolist() == [7]
 
 
-def test_three_digits_are_read_as_one():
-    three = Image.new("L", (1200, 300), 230)
-    for i in range(3):
-        three.paste(seven(), (400 * i, 0))
-    rows, columns = np.nonzero(read_picture(three) > 127)
-    assert np.ptp(columns) in (18, 19, 20) and np.ptp(rows) < 6
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "cannot identify"), (b"%PDF-1.7\n", "cannot identify"), ("half", "truncated"), (None, "No such file")],

@@ -101,16 +101,6 @@ def test_killed_it_ends_as_one_never_killed(tmp_path):
     assert not list(tmp_path.rglob("*.*"))
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("attacked",)
-
-
-def saved(value):
-    torch.save(value, content := io.BytesIO())
-    return content.getvalue()
-
-
 def flipped(content):
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         tensors = [info for info in archive.infolist() if "/data/" in info.filename]
@@ -122,7 +112,6 @@ DAMAGED = {
     "empty": lambda content: b"",
     "half": lambda content: content[: len(content) // 2],
     "one bit flipped": flipped,
-    "malicious": lambda content: saved({"made by": Malicious()}),
 }
 
 
@@ -136,26 +125,21 @@ def assert_put_aside(path, why, whole, capsys):
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_put_aside(kind, whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_damaged_file_is_put_aside(kind, whole, tmp_path, capsys):
     path = cut_short(tmp_path, 6)  # after an epoch of five batches and a test
     path.write_bytes(DAMAGED[kind](path.read_bytes()))
     assert_put_aside(path, "damaged", whole, capsys)
-    assert not (tmp_path / "attacked").exists()
 
 
-class WithoutBias(Net):
-    def __init__(self, dropout):
-        super().__init__(dropout)
-        self.layers[-2] = torch.nn.Conv2d(16, 10, 1, bias=False)  # all other weights fit
+OTHERS = {"recipe": {"recipe": OTHER}, "network": {"net": lambda dropout: Net(2 * dropout)}, "modules": {}}
 
 
-@pytest.mark.parametrize("why", ["recipe", "network", "modules"])
+@pytest.mark.parametrize("why", OTHERS)
 def test_another_training_s_file_is_put_aside(why, whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         if why == "modules":
             patch.setattr("s6.utils.CODE", "another version")
-        path = cut_short(tmp_path, 6, **{"recipe": {"recipe": OTHER}, "network": {"net": WithoutBias}}.get(why, {}))
+        path = cut_short(tmp_path, 6, **OTHERS[why])
     assert_put_aside(path, why, whole, capsys)
 
 
