@@ -81,8 +81,8 @@ def plot_reading(picture, image, probabilities):
 
 
 def drawing_page(model):
-    """Return draw.html with this model's weights in it; it runs `Net`, of whatever channels, but no other layers."""
-    layers = list(getattr(model, "module", model).eval().layers)[:-1]  # the average comes by itself
+    """Return draw.html with this model's weights in it; it runs `Net`'s layers and SiLU only, of whatever channels."""
+    layers = list(getattr(model, "module", model).eval().layers)[:-1]  # AvgPool comes by itself
     layers = [fuse_conv_bn_eval(layer[0], layer[1]) if isinstance(layer, nn.Sequential) else layer for layer in layers]
     shapes = [list(layer.weight.shape)[:3] if isinstance(layer, nn.Conv2d) else layer.kernel_size for layer in layers]
     weights = torch.cat([p.detach().flatten().cpu() for layer in layers for p in layer.parameters()]).numpy()

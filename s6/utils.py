@@ -31,7 +31,7 @@ class Recipe:
     warmup: float = 0.2  # share of the steps in which the rate climbs to its peak, before it falls to zero
     momentum: float = 0.9  # Nesterov's
     weight_decay: float = 5e-4  # on the convolutions' weights only: biases and BatchNorm have nothing to shrink for
-    average: float = 0.998  # decay per step of the moving average of the weights: it spans 500 steps, two epochs
+    average: float = 0.998  # decay per step of the moving average of the weights at the end; `prepare` starts lower
     degrees: float = 10.0  # augmentation: rotation, to either side
     translate: float = 1.0  # augmentation: shift along each axis, in pixels of 28; the digits come centred
     scale: float = 0.1  # augmentation: zoom, from 1 - scale to 1 + scale
@@ -52,8 +52,8 @@ class Recipe:
         climb = min(max(1, round(self.warmup * total)), total - 1)
 
         def moving_average(averages, weights, steps):
-            # The decay climbs to its value, min(decay, (1 + n) / (10 + n)), like TensorFlow's ExponentialMovingAverage:
-            # one that is constant from the start needs epochs to forget the untrained weights.
+            # The decay climbs, min(decay, (1 + n) / (10 + n)), like TensorFlow's ExponentialMovingAverage: it spans a
+            # ninth of all steps so far, at 0.998 the last 500. One that is constant remembers the untrained weights.
             share = (9 / (10 + steps)).clamp(min=1 - self.average)  # a tensor: reading it would wait for the device
             for average, weight in zip(averages, weights, strict=True):
                 if average.is_floating_point():
@@ -91,7 +91,7 @@ def load_mnist(root="data", train=True):
     """Return the training or the test set, `(images, labels)`: (N, 1, 28, 28) uint8 and (N,) int64.
 
     The files lie where torchvision puts them, in `root/MNIST/raw`. It looks only at whether they are there; here each
-    is compared with its digest, too. Missing and damaged ones are downloaded; RuntimeError where that fails.
+    is compared with its digest, too. One missing or damaged: all are downloaded; RuntimeError where that fails.
     """
     raw = Path(root).expanduser() / "MNIST" / "raw"
 

@@ -1,4 +1,4 @@
-"""What both studies need: splits, the course's way of loading, and rows that say where they were measured."""
+"""What the studies need: splits, the course's way of loading, and rows that say where they were measured."""
 
 import csv
 import os
@@ -50,10 +50,12 @@ def read(path):
 
 
 def append(path, row):
-    """Write one row, in a new file after its header."""
+    """Write one row, in a new file after its header; ValueError if the file has not all of its columns."""
     new = not path.exists()
+    columns = row if new else read(path)[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)

@@ -102,7 +102,7 @@ def measure(way, images, workers, share=1.0, **setting):
 
 
 def row(path, columns, key, function, until, **arguments):
-    """Return the row with `key` from this device, or append it with what a process of its own gets from `function`."""
+    """Return the row with `key` of this device, appended from a process of its own that calls `function` if missing."""
     if old := [one for one in read(path) if (key | {"device": columns["device"]}).items() <= one.items()]:
         return old[0]
     env = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # every compilation takes what the first one takes
@@ -232,7 +232,7 @@ def main():
     parser.add_argument("--images", type=int, default=60_000, help="take so few, to see that it runs; with --results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for the rows and the picture")
     options = parser.parse_args()
-    options.results.mkdir(parents=True, exist_ok=True)
+    assert options.images == 60_000 or options.results != RESULTS, "so few are no result: name other --results"
     if options.part == "tables":
         return tables(options.results)
     load_mnist(DATA)  # fetched here, not in a time that is measured

@@ -3,7 +3,6 @@
 import ast
 import base64
 import re
-import time
 
 import numpy as np
 import pytest
@@ -106,25 +105,18 @@ def test_a_small_or_thin_seven_stays_one(scale, width, noise, network):
     assert labels.tolist() == [7]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "cannot identify"), (b"%PDF-1.7\n", "cannot identify"), ("half", "truncated"), (None, "No such file")],
-    ids=["empty", "pdf", "cut short", "missing"],
-)
-def test_what_is_no_picture_is_refused(content, message, tmp_path):
-    path = tmp_path / "digit.jpg"
-    if content == "half":
-        seven().save(path)
-        content = path.read_bytes()[:1500]
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"this cannot be read as a picture, such as a JPEG or PNG: .*{message}"):
-        read_picture(path)
-
-
-def test_an_array_of_shares_is_refused():
-    with pytest.raises(ValueError, match="this cannot be read as a picture.*: Cannot cast .*float64.*uint8"):
-        read_picture(np.asarray(seven()) / 255)
+def test_what_is_no_picture_is_refused(tmp_path):
+    seven().save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:1500])
+    (tmp_path / "digit.pdf").write_bytes(b"%PDF-1.7\n")
+    for picture, message in (
+        (tmp_path / "half.jpg", "truncated"),
+        (tmp_path / "digit.pdf", "cannot identify"),
+        (tmp_path / "missing.jpg", "No such file"),
+        (np.asarray(seven()) / 255, "Cannot cast .*float64.*uint8"),
+    ):
+        with pytest.raises(ValueError, match=f"this cannot be read as a picture, such as a JPEG or PNG: .*{message}"):
+            read_picture(picture)
 
 
 @pytest.mark.parametrize("picture", ["one pixel", "one colour", "noise", "shade"])
@@ -134,13 +126,6 @@ def test_paper_without_ink_is_refused(picture):
     blank = {"one pixel": np.zeros((1, 1), np.uint8), "one colour": Image.new("RGB", (300, 200), "red")}
     with pytest.raises(ValueError, match="no ink found"):
         read_picture((blank | {"noise": noise, "shade": shade})[picture])
-
-
-def test_sixteen_megapixels_take_less_than_a_second(tmp_path):
-    seven().resize((4000, 4000)).save(tmp_path / "large.png")
-    start = time.process_time()
-    read_picture(tmp_path / "large.png")
-    assert time.process_time() - start < 1
 
 
 def test_classify_and_its_picture(network):

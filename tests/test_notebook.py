@@ -1,6 +1,5 @@
 """The notebooks' files, what Colab has for them, and the ways in: each a kernel of its own in a folder of its own."""
 
-import ast
 import base64
 import contextlib
 import json
@@ -18,14 +17,13 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from s6.model import Net
-from s6.utils import Recipe
 
 NOTEBOOK, ABLATION = (nbformat.read(ROOT / "notebooks" / name, as_version=4) for name in ("S6.ipynb", "ablation.ipynb"))
 CODE, ABLATION_CODE = ([cell for cell in each.cells if cell.cell_type == "code"] for each in (NOTEBOOK, ABLATION))
 SOURCES = [cell.source for cell in CODE]
-SETTINGS, TRAINING, CURVES, VERDICT, HANDWRITING = (
+SETTINGS, TRAINING, CURVES, HANDWRITING = (
     next(i for i, source in enumerate(SOURCES) if re.search(f"^{start}", source, re.MULTILINE))
-    for start in ("recipe =", "for epoch in resumable", "plot_curves", "torch.save", "picture =")
+    for start in ("recipe =", "for epoch in resumable", "plot_curves", "picture =")
 )
 MODULES = ("model.py", "utils.py")
 
@@ -41,13 +39,6 @@ def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_par
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) == pictures
     assert not re.search(r"/(home|root|work|tmp|Users|content)/", json.dumps(outputs))
-
-
-def test_stored_run_reached_the_goal_with_the_recipe():
-    assert ast.literal_eval(CODE[SETTINGS].outputs[0].data["text/plain"]) == vars(Recipe())
-    lines = re.findall(r"^epoch +(\d+): .* test loss .* accuracy (\S+) %$", text_of(CODE[TRAINING]), re.MULTILINE)
-    assert [int(epoch) for epoch, _ in lines] == list(range(1, 21)) and float(lines[-1][1]) > 99.4
-    assert text_of(CODE[VERDICT]) == "Passed: more than 99.4 % at the last epoch, 10,474 parameters, 20 epochs\n"
     assert NOTEBOOK.metadata.accelerator == "GPU"  # what Colab offers when it is opened there
 
 
@@ -162,7 +153,7 @@ def test_from_a_checkout_images_and_checkpoints_lie_in_its_root(place):
     assert text_of(run(place, SOURCES[0])[0][0]) == "The modules are those in the folder s6\n"
 
 
-def test_flat_in_a_folder_to_the_last_cell(place):
+def test_flat_in_a_folder_to_the_verdict(place):
     """With a thousand images and one epoch: too little for the goal, and the verdict has to say so."""
     cells, error = run(copy_modules(place), *shortened())
     assert trained(cells) and text_of(cells[0]) == "The modules are those in the folder .\n"
