@@ -4,14 +4,23 @@ from pathlib import Path
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: no bars among the tests' output
 
 import matplotlib.font_manager  # noqa: F401  on a new machine this builds a cache, and says so on stderr: not in a cell
+import nbformat
 import pytest
 import torch
 
+from s6 import utils
 from s6.utils import Loader, load_mnist, test
 
 test.__test__ = False  # a function of the product, whatever its name
 torch.set_num_threads(1)  # for batches as small as the tests', a second thread costs more than it gives
 ROOT = Path(__file__).parent.parent
+
+
+def run_training_cell(names):
+    """Run the cell of S6.ipynb that trains, over `names` and those of utils.py; what it leaves is in `names`, too."""
+    [cell] = [c for c in nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4).cells if "resumable(" in c.source]
+    names |= vars(utils) | {"torch": torch, "device": torch.device("cpu")} | names
+    exec(cell.source, names)
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +29,13 @@ def mnist():
     return load_mnist(ROOT / "data")
 
 
+def random_images(count):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(10, (count,), generator=generator)
+
+
 @pytest.fixture
 def batches():
     """A loader of 70 random images in batches of 16, the last one of 6, in an order that stays."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (70, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    return Loader(images, torch.randint(10, (70,), generator=generator), batch_size=16)
+    return Loader(*random_images(70), batch_size=16)

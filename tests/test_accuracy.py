@@ -5,12 +5,12 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, run_training_cell
 
 from s6.model import Net
-from s6.utils import Recipe, mnist_loaders, test, train
+from s6.utils import Recipe
 from studies import accuracy
-from studies.common import append, get_device, read
+from studies.common import append, get_device, loaders, read
 
 ROWS = read(accuracy.RESULTS / "accuracy.csv")
 EVERY = {name: changes for _, variants in accuracy.STUDIES.values() for name, changes in variants.items()}
@@ -46,23 +46,16 @@ def test_each_variant_trains(name, mnist):
     assert row["parameters"] == PARAMETERS.get(name, row["parameters"])
 
 
-def test_a_trial_is_the_notebook_s_training(mnist):
-    """Trained by hand, as the notebook does it, on the same few images; the average only watches."""
+def test_a_trial_is_the_notebook_s_training(mnist, tmp_path):
+    """On the same few images. The average only watches."""
     row = accuracy.trial("ours", "60k/test", 3, images=500, epochs=2, batch_size=50)
-    recipe, device = Recipe(seed=3, epochs=2, batch_size=50), get_device()
-    loader, test_loader = mnist_loaders(recipe, device, ROOT / "data")
-    for part in (loader, test_loader):
-        part.images, part.labels = part.images[:500], part.labels[:500]
-    torch.manual_seed(3)
-    model = Net().to(device, memory_format=torch.channels_last)
-    optimizer, scheduler, averaged = recipe.prepare(model, len(loader))
-    losses, accuracies = [], []
-    for epoch in (1, 2):
-        loader.epoch = epoch
-        train(model, device, loader, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
-        test(averaged, device, test_loader, F.nll_loss, losses, accuracies)
-    assert row["accuracies"] == " ".join(f"{x:.2f}" for x in accuracies)
-    assert row["losses"] == " ".join(f"{x:.5f}" for x in losses)
+    recipe = Recipe(seed=3, epochs=2, batch_size=50)
+    few = loaders(recipe, get_device(), "60k/test", 500)
+    names = {"recipe": recipe, "device": get_device(), "folder": tmp_path, "Net": Net, "F": F}
+    names["mnist_loaders"] = lambda *_: few
+    run_training_cell(names)
+    assert row["accuracies"] == " ".join(f"{x:.2f}" for x in names["test_acc"])
+    assert row["losses"] == " ".join(f"{x:.5f}" for x in names["test_losses"])
     without = accuracy.trial("-", "60k/test", 3, images=500, epochs=2, batch_size=50, average=0.0)
     assert without["accuracies"] == row["raw accuracies"] != row["accuracies"]
 

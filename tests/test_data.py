@@ -92,19 +92,15 @@ def test_mnist_loaders_hold_what_torchvision_reads_normalised_by_its_statistics(
 
 
 @pytest.fixture
-def raw(mnist, tmp_path):
-    """A folder with links to the four files."""
-    folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
+def mirror(mnist, tmp_path, monkeypatch):
+    """A stand-in for torchvision's MNIST, and the folder `raw`, at first with links to the four files.
+
+    `found` is what lay there at each call, `content` what comes if not MNIST.
+    """
+    mirror = SimpleNamespace(raw=(raw := tmp_path / "MNIST" / "raw"), found=[], content=None)
+    raw.mkdir(parents=True)
     for name in MNIST_SHA256:
-        (folder / name).symlink_to(ROOT / "data" / "MNIST" / "raw" / name)
-    return folder
-
-
-@pytest.fixture
-def mirror(raw, tmp_path, monkeypatch):
-    """A stand-in for torchvision's MNIST: `found` is what lay there at each call, `content` what comes if not MNIST."""
-    mirror = SimpleNamespace(found=[], content=None)
+        (raw / name).symlink_to(ROOT / "data" / "MNIST" / "raw" / name)
 
     def download(root, download):
         assert root == tmp_path and download
@@ -119,8 +115,8 @@ def mirror(raw, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["truncated", "one byte changed", "missing"])
-def test_a_damaged_file_and_no_other_is_removed_before_the_download(how, raw, tmp_path, mnist, mirror):
-    path = raw / "train-labels-idx1-ubyte"
+def test_a_damaged_file_and_no_other_is_removed_before_the_download(how, tmp_path, mnist, mirror):
+    path = mirror.raw / "train-labels-idx1-ubyte"
     content = path.read_bytes()
     path.unlink()  # the link
     if how != "missing":
@@ -130,11 +126,11 @@ def test_a_damaged_file_and_no_other_is_removed_before_the_download(how, raw, tm
 
 
 @pytest.mark.parametrize("content", [OSError("no route to the mirrors"), b"<html>Sign in to this network</html>"])
-def test_when_the_download_fails_the_error_says_what_to_do_and_the_other_files_are_left(content, raw, tmp_path, mirror):
-    (raw / "t10k-labels-idx1-ubyte").unlink()
+def test_when_the_download_fails_the_error_says_what_to_do_and_the_other_files_are_left(content, tmp_path, mirror):
+    (mirror.raw / "t10k-labels-idx1-ubyte").unlink()
     mirror.content = content
     with pytest.raises(RuntimeError) as error:
         load_mnist(tmp_path)
-    for part in (*MNIST_SHA256, str(raw), "make data"):
+    for part in (*MNIST_SHA256, str(mirror.raw), "make data"):
         assert part in str(error.value)
-    assert len([path for path in raw.iterdir() if path.is_symlink()]) == 3
+    assert len([path for path in mirror.raw.iterdir() if path.is_symlink()]) == 3

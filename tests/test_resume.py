@@ -8,37 +8,30 @@ import signal
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_images, run_training_cell
 
 from s6.model import Net
-from s6.utils import Loader, Recipe, resumable, test, train
+from s6.utils import Loader, Recipe
 
 RECIPE, OTHER = Recipe(epochs=3, batch_size=16), Recipe(epochs=3, batch_size=16, lr=0.1)
 LONG = {"recipe": Recipe(epochs=3, batch_size=40), "count": 400}
 
 
-def training(folder, criterion=F.nll_loss, recipe=RECIPE, net=Net, count=70, histories=None):
-    """The notebook's cell, on random images and with dropout; return all that it leaves behind."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(10, (count,), generator=generator)
+def training(folder, criterion=F.nll_loss, recipe=RECIPE, net=Net, count=70, names=None):
+    """Run the notebook's cell on random images, with dropout; return all that it leaves behind. Its names: `names`."""
+    images, labels = random_images(count)
     train_loader = Loader(images, labels, recipe.batch_size, recipe.seed, recipe.augment)
-    test_loader = Loader(images, labels, recipe.batch_size)
-
-    torch.manual_seed(recipe.seed)
-    model = net(dropout=0.1).to("cpu", memory_format=torch.channels_last)
-    optimizer, scheduler, averaged = recipe.prepare(model, len(train_loader))
-    train_losses, train_acc, test_losses, test_acc = histories = histories or ([], [], [], [])
-    parts = {"model": model, "averaged": averaged, "optimizer": optimizer, "scheduler": scheduler}
-    for epoch in resumable(folder / "checkpoints" / "unfinished.pt", recipe, histories, **parts):
-        train_loader.epoch = epoch
-        follow = {"scheduler": scheduler, "averaged": averaged}
-        train(model, "cpu", train_loader, optimizer, criterion, train_losses, train_acc, **follow)
-        test(averaged, "cpu", test_loader, criterion, test_losses, test_acc)
-    return {name: part.state_dict() for name, part in parts.items()}, histories, torch.get_rng_state()
+    loaders = train_loader, Loader(images, labels, recipe.batch_size)
+    names = {} if names is None else names
+    names |= {"folder": folder, "recipe": recipe, "F": SimpleNamespace(nll_loss=criterion)}
+    names |= {"mnist_loaders": lambda *_: loaders, "Net": lambda: net(dropout=0.1)}
+    run_training_cell(names)
+    return {k: part.state_dict() for k, part in names["parts"].items()}, names["histories"], torch.get_rng_state()
 
 
 def kill(*_):
@@ -76,9 +69,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize(("calls", "done"), [(3, 0), (5, 0), (6, 1), (11, 1), (14, 2)])
 def test_interrupted_in_training_or_testing_it_ends_as_one_never_interrupted(calls, done, error, whole, tmp_path):
-    histories = [], [], [], []
-    cut_short(tmp_path, calls, error, histories=histories)
-    assert [len(history) for history in histories] == [done] * 4
+    cut_short(tmp_path, calls, error, names=(names := {}))
+    assert [len(history) for history in names["histories"]] == [done] * 4
     assert_same(training(tmp_path), whole)
     assert not list(tmp_path.rglob("*.*"))
 
@@ -120,8 +112,8 @@ def assert_put_aside(path, why, whole, capsys):
     content = path.read_bytes()
     assert_same(training(path.parent.parent), whole)
     assert [(old.name, old.read_bytes()) for old in path.parent.iterdir()] == [("unfinished.old", content)]
-    said = capsys.readouterr().out
-    assert len(said.splitlines()) == 1 and why in said and str(path) in said and "unfinished.old" in said
+    said, *epochs = capsys.readouterr().out.splitlines()[-4:]
+    assert why in said and str(path) in said and "unfinished.old" in said and len(epochs) == 3
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
