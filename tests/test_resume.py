@@ -110,9 +110,10 @@ DAMAGED = {
 def assert_put_aside(path, why, whole, capsys):
     """All that the training leaves behind, the random state too, is as if there had been no file."""
     content = path.read_bytes()
+    capsys.readouterr()  # what was said up to here
     assert_same(training(path.parent.parent), whole)
     assert [(old.name, old.read_bytes()) for old in path.parent.iterdir()] == [("unfinished.old", content)]
-    said, *epochs = capsys.readouterr().out.splitlines()[-4:]
+    said, *epochs = capsys.readouterr().out.splitlines()
     assert why in said and str(path) in said and "unfinished.old" in said and len(epochs) == 3
 
 
