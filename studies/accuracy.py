@@ -7,8 +7,8 @@
     .venv/bin/python studies/accuracy.py choosing --seeds 3   # on 50k/10k
 
 A trial trains one variant from one seed, and becomes a row of results/accuracy.csv when it ends; what has its row is
-not run again. Each runs in a process of its own, with one thread, in float32. Network, recipe, data and loop are the
-notebook's.
+not run again. As many as `--workers` says run at once, each in a process with one thread, in float32. Network, recipe,
+data and loop are the notebook's.
 
 Splits: `50k/10k` trains on the first 50,000 training images and reads the last 10,000; everything was chosen there.
 `60k/test` trains on all 60,000 and reads the test set. It does so after each epoch, to draw the curve; the last epoch
@@ -163,7 +163,9 @@ def trial(
     `images` takes only so many of both sets, to see whether it runs.
     """
     start, device, recipe = time.process_time(), get_device(), Recipe(seed=seed, **fields)
-    # In float32, as a GPU does, on every CPU. The process ends with the trial.
+    if bfloat16 and device.type != "cpu":
+        raise ValueError("bfloat16 is compared on a CPU only: on a GPU the notebook does not use it")
+    # In float32, as a GPU does, on every CPU.
     utils.cpu_dtype = lambda: torch.bfloat16 if bfloat16 else torch.float32
     loader, test_loader = loaders(recipe, device, split, images)
     if augment == "none":
@@ -217,8 +219,7 @@ def run(jobs, path, workers):
     """
     os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # for the workers, which start anew
     commit, failed = about(get_device())["commit"], 0
-    # A process for each trial: bfloat16 stays where it was asked for.
-    with ProcessPoolExecutor(workers, get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         running = {pool.submit(trial, *job[:3], **job[3]): job for job in jobs}
         for done in tqdm(as_completed(running), total=len(jobs), unit="trial", disable=False):
             variant, _, seed, changes = running[done]

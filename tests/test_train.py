@@ -191,3 +191,18 @@ def test_what_cannot_be_learnt_is_named_and_the_histories_stay(broken, said, bat
     assert histories == ([1.0], [2.0])
     with pytest.raises(ValueError, match="the test loader is empty"):
         test(model, "cpu", [], F.nll_loss)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of Nvidia's")
+def test_a_gpu_trains_as_a_cpu_does(batches, monkeypatch):
+    monkeypatch.setattr("s6.utils.cpu_dtype", lambda: torch.float32)
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
+    recipe, histories = Recipe(epochs=3, lr=0.02), []
+    for device in ("cpu", "cuda"):
+        loader = Loader(batches.images.to(device), batches.labels.to(device), 16)
+        model, history = seeded().to(device), ([], [])
+        optimizer, scheduler, averaged = recipe.prepare(model, len(loader))
+        for _ in range(recipe.epochs):
+            train(model, device, loader, optimizer, F.nll_loss, *history, scheduler=scheduler, averaged=averaged)
+        histories.append(history[0] + test(averaged, device, loader, F.nll_loss)[0])
+    assert histories[1] == pytest.approx(histories[0], rel=1e-3)
