@@ -6,9 +6,9 @@
     .venv/bin/python studies/accuracy.py widths --seeds 5     # ours with fewer and with more channels
     .venv/bin/python studies/accuracy.py choosing --seeds 3   # on 50k/10k
 
-A trial trains one variant from one seed, and becomes a row of results/accuracy.csv when it ends; what has its row is
-not run again. As many as `--workers` says run at once, each in a process with one thread, in float32. Network, recipe,
-data and loop are the notebook's.
+A trial trains one variant from one seed, and becomes a row of results/accuracy.csv when it ends; what has its row, from
+a CPU or from a GPU, is not run there again. As many as `--workers` says run at once, each in a process with one thread,
+in float32. Network, recipe, data and loop are the notebook's.
 
 Splits: `50k/10k` trains on the first 50,000 training images and reads the last 10,000; everything was chosen there.
 `60k/test` trains on all 60,000 and reads the test set. It does so after each epoch, to draw the curve; the last epoch
@@ -204,9 +204,13 @@ def trial(
 
 
 def missing(study, seeds, rows, only=None, **more):
-    """Return (variant, split, seed, changes) of each trial without a row, seed by seed; `more` is changed in all."""
+    """Return (variant, split, seed, changes) of each trial without a row from such a device, seed by seed.
+
+    Devices are of two kinds, CPUs and GPUs: they draw different augmentations. `more` is changed in all trials.
+    """
     split, variants = STUDIES[study]
-    done = {(row["settings"], row["split"], row["seed"]) for row in rows}
+    cpu = get_device().type == "cpu"
+    done = {(row["settings"], row["split"], row["seed"]) for row in rows if ("CPUs" in row["device"]) == cpu}
     chosen = {name: variants[name] | more for name in only or variants}
     jobs = [(name, split, seed, changes) for seed in seeds for name, changes in chosen.items()]
     return [job for job in jobs if (settings(job[3]), split, str(job[2])) not in done]

@@ -32,7 +32,7 @@ def text_of(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-@pytest.mark.parametrize(("code", "pictures"), [(CODE, 5), (ABLATION_CODE, 6)], ids=["S6", "ablation"])
+@pytest.mark.parametrize(("code", "pictures"), [(CODE, 5), (ABLATION_CODE, 7)], ids=["S6", "ablation"])
 def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_particular(code, pictures):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
@@ -46,7 +46,8 @@ def test_readme_shows_the_pictures_of_the_stored_runs():
     curves = base64.b64decode(CODE[CURVES].outputs[-1].data["image/png"])
     assert (ROOT / "notebooks" / "curves.png").read_bytes() == curves
     pictures = re.findall(r"!\[.*\]\((notebooks/.*\.png)\)", (ROOT / "README.md").read_text())
-    assert pictures == ["notebooks/curves.png", "notebooks/widths.png"] and (ROOT / pictures[1]).is_file()
+    assert pictures == [f"notebooks/{name}.png" for name in ("curves", "ablation", "widths")]
+    assert all((ROOT / picture).is_file() for picture in pictures)
 
 
 def test_readme_s_example_runs(batches, monkeypatch, capsys):
