@@ -159,7 +159,7 @@ def trial(
     `images` takes only so many of both sets, to see whether it runs.
     """
     start, device, recipe = time.process_time(), get_device(), Recipe(seed=seed, **fields)
-    # In float32, as a GPU does, on every CPU.
+    # On every CPU in float32, also where the notebook would multiply in bfloat16.
     utils.cpu_dtype = lambda: torch.bfloat16 if bfloat16 else torch.float32
     loader, test_loader = loaders(recipe, device, split, images)
     if augment == "none":
