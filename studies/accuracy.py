@@ -34,7 +34,7 @@ from tqdm import tqdm
 from s6 import utils
 from s6.model import ConvBlock, Net
 from s6.utils import Recipe, test, train
-from studies.common import RESULTS, about, append, course_loader, get_device, loaders, read
+from studies.common import RESULTS, about, append, course_loader, get_device, loaders, on_cpu, read
 
 # ---------------------------------------------------------------------------------------------------------- variants
 # Name: what it changes about ours. The keys are fields of `Recipe`, or arguments of `trial`.
@@ -205,8 +205,8 @@ def missing(study, seeds, rows, only=None, **more):
     """
     split, variants = STUDIES[study]
     cpu = get_device().type == "cpu"
-    done = {(row["settings"], row["split"], row["seed"]) for row in rows if ("CPUs" in row["device"]) == cpu}
-    chosen = {name: variants[name] | more for name in only or variants if cpu or name != "bfloat16"}
+    done = {(row["settings"], row["split"], row["seed"]) for row in rows if on_cpu(row) == cpu}
+    chosen = {name: variants[name] | more for name in only or variants if cpu or "bfloat16" not in variants[name]}
     jobs = [(name, split, seed, changes) for seed in seeds for name, changes in chosen.items()]
     return [job for job in jobs if (settings(job[3]), split, str(job[2])) not in done]
 

@@ -41,6 +41,11 @@ def about(device):
     return dict(zip(("device", "python", "torch", "torchvision", "commit"), (name, *versions, commit), strict=True))
 
 
+def on_cpu(row):
+    """Whether a row is of a CPU, by the name that `about` gives it."""
+    return "CPUs" in row["device"]
+
+
 def read(path):
     """Return the rows of a CSV file as dicts of text; none where there is no file."""
     if not path.exists():
