@@ -4,11 +4,12 @@
     .venv/bin/python studies/accuracy.py ladder --seeds 5     # from the course's recipe to ours, step by step
     .venv/bin/python studies/accuracy.py ablation --seeds 5   # ours with one thing changed
     .venv/bin/python studies/accuracy.py widths --seeds 5     # ours with fewer and with more channels
+    .venv/bin/python studies/accuracy.py next --seeds 10      # the next assignment: 8,000 parameters, 15 epochs
     .venv/bin/python studies/accuracy.py choosing --seeds 3   # on 50k/10k
 
-A trial trains one variant from one seed, and becomes a row of results/accuracy.csv when it ends; what has its row, from
-a CPU or from a GPU, is not run there again. As many as `--workers` says run at once, each on one thread, and in float32
-(a GPU's convolutions in TF32). Network, recipe, data and loop are the notebook's.
+A trial trains one variant from one seed, and becomes a row of results/accuracy.csv when it ends. A trial that has its
+row from a CPU, or from a GPU, is not run there again. `--workers` says how many trials run at once, each on one thread.
+All multiply in float32 (a GPU's convolutions in TF32). Network, recipe, data and loop are the notebook's.
 
 Splits: `50k/10k` trains on the first 50,000 training images and reads the last 10,000; everything was chosen there.
 `60k/test` trains on all 60,000 and reads the test set. It does so after each epoch, to draw the curve; the last epoch
@@ -31,41 +32,31 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from s6 import utils
 from s6.model import ConvBlock, Net
 from s6.utils import Recipe, test, train
-from studies.common import RESULTS, about, append, course_loader, get_device, loaders, on_cpu, read
+from studies.common import RESULTS, about, append, course_loader, get_device, loaders, on, on_cpu, read
 
 # ---------------------------------------------------------------------------------------------------------- variants
 # Name: what it changes about ours. The keys are fields of `Recipe`, or arguments of `trial`.
 
-COURSE = {  # the course's recipe
-    "augment": "course",
-    "dropout": 0.005,
-    "net": "course",
-    "plain_sgd": True,
-    "weight_decay": 0.0,
-    "lr": 0.01,
-    "schedule": "a tenth after epoch 15",
-    "batch_size": 512,
-    "average": 0.0,
+AS_THEY_COME = {"degrees": 10.0, "shear": 10.0, "upright": False}  # the digits
+SGD = {"plain_sgd": True, "weight_decay": 0.0, "lr": 0.01, "schedule": "a tenth after epoch 15"}  # the course's
+STEADY = {"batch_size": 512, "average": 0.0}
+LADDER = {  # from the course's recipe to ours, one step at a time
+    "the course's recipe": {"augment": "course", "dropout": 0.005, "net": "course", **SGD, **STEADY, **AS_THEY_COME},
+    "affine augmentation": {"dropout": 0.005, "net": "course", **SGD, **STEADY, **AS_THEY_COME},
+    "no dropout": {"net": "course", **SGD, **STEADY, **AS_THEY_COME},
+    "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU", **SGD, **STEADY, **AS_THEY_COME},
+    "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **STEADY, **AS_THEY_COME},
+    # Batches of 250, SiLU and the moving average need no rows of their own: the average has no part in the training,
+    # so the raw accuracies of the next two are those of a training without it.
+    "ReLU for SiLU, digits as they come": {"net": "ReLU", **AS_THEY_COME},
+    "digits as they come": AS_THEY_COME,
+    "ours": {},
 }
-RUNGS = {  # from there to ours, each with the keys that it takes from ours, or changes once more
-    "the course's recipe": {},
-    "affine augmentation": {"augment": None},
-    "no dropout": {"dropout": None},
-    "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU"},
-    "one-cycle up to 0.2, Nesterov, weight decay": dict.fromkeys(("plain_sgd", "weight_decay", "lr", "schedule")),
-}
-LADDER, changes = {}, COURSE
-for name, step in RUNGS.items():
-    LADDER[name] = changes = {key: value for key, value in (changes | step).items() if value is not None}
-
-# Then batches of 250, SiLU and the moving average. The average has no part in the training: the accuracies of the first
-# two are those of the weights themselves in these.
-LADDER |= {"ReLU for SiLU": {"net": "ReLU"}, "ours": {}}
 ABLATION = {  # without "no moving average", for the same reason
     "ours": {},
+    "digits as they come": AS_THEY_COME,
     "no augmentation": {"augment": "none"},
     "ReLU for SiLU": {"net": "ReLU"},
     "no BatchNorm, He's first weights, a quarter of the rate": {"net": "no BatchNorm", "lr": 0.05},
@@ -74,15 +65,22 @@ ABLATION = {  # without "no moving average", for the same reason
     "linear layer for the global average": {"net": "linear layer"},
     "pooling one block earlier": {"net": "pooling earlier"},
     "dropout 0.05": {"dropout": 0.05},
-    "bfloat16": {"bfloat16": True},
 }
 WIDTHS = {f"{width:g} of the channels": {"width": width} for width in (0.375, 0.5, 0.625, 0.75, 0.875, 1.25, 1.375)}
+UPRIGHT = {  # how much augmentation do upright digits want?
+    f"upright, {degrees}° of rotation, {shear}° of shear": {"degrees": degrees, "shear": shear, "upright": True}
+    for degrees, shear in ((7.0, 5.0), (10.0, 0.0), (10.0, 5.0), (7.0, 0.0))
+}
+NEXT = {  # the course's next assignment: fewer than 8,000 parameters, at most 15 epochs
+    f"{width:g} of the channels, 15 epochs": {"width": width, "epochs": 15} for width in (0.75, 0.875)
+}
 STUDIES = {
-    "choosing": ("50k/10k", {"ours": {}}),
+    "choosing": ("50k/10k", {"digits as they come": AS_THEY_COME, **UPRIGHT}),
     "report": ("60k/test", {"ours": {}}),
     "ladder": ("60k/test", LADDER),
     "ablation": ("60k/test", ABLATION),
     "widths": ("60k/test", WIDTHS),
+    "next": ("60k/test", NEXT),
 }
 
 
@@ -94,16 +92,8 @@ def settings(changes):
 # ------------------------------------------------------------------------------------------------------------- trial
 
 
-class ReLUBlock(ConvBlock):
-    """Ours with the ReLU for the SiLU."""
-
-    def forward(self, x):
-        conv, norm, dropout = self
-        return dropout(F.relu(norm(conv(x))))
-
-
-class ReLUFirst(ConvBlock):
-    """The course's block: the ReLU before the normalisation."""
+class ReLUFirst(nn.Sequential):
+    """The course's block of convolution, BatchNorm and dropout: a ReLU comes before the BatchNorm."""
 
     def forward(self, x):
         conv, norm, dropout = self
@@ -111,68 +101,67 @@ class ReLUFirst(ConvBlock):
 
 
 def build(net="ours", width=1, dropout=0.0):
-    """Return `Net` with one thing about it changed; `width` multiplies the channels between image and scores."""
-    model = Net(dropout)
+    """Return `Net` with one thing changed. `width` multiplies the channels of every block."""
+    activation = F.relu if net == "ReLU" else F.silu
+    block = partial(ConvBlock, dropout=dropout, activation=activation)
+    model = Net(dropout, activation)
     layers = list(model.layers)
-    blocks = [layer for layer in layers if isinstance(layer, ConvBlock)]
+    blocks = [i for i, layer in enumerate(layers) if isinstance(layer, ConvBlock)]
     if net == "no BatchNorm":
-        for block in blocks:
-            block[1] = nn.Identity()
-            nn.init.kaiming_normal_(block[0].weight)  # He et al., 2015: torch's are so small that nothing is learnt
-            nn.init.zeros_(block[0].bias)
-    elif net in ("ReLU", "course"):
-        for block in blocks:
-            block.__class__ = ReLUBlock if net == "ReLU" else ReLUFirst
-        if net == "course":
-            layers.insert(-1, nn.ReLU())  # on the scores, before their mean
+        for i in blocks:
+            layers[i][1] = nn.Identity()
+            nn.init.kaiming_normal_(layers[i][0].weight)  # He et al., 2015. With torch's weights nothing is learnt
+            nn.init.zeros_(layers[i][0].bias)
+    elif net == "course":
+        for i in blocks:
+            layers[i] = ReLUFirst(*layers[i])
+        layers.insert(-1, nn.ReLU())  # on the scores, before their mean
     elif net == "no transition":  # the next block takes all 16 channels
-        layers[4:6] = [ConvBlock(16, 12, 3, dropout)]
+        layers[4:6] = [block(16, 12, 3)]
     elif net == "linear layer":  # of all features, in place of nine scores and their mean
         layers[-2:] = [nn.Flatten(), nn.Linear(16 * 3 * 3, 10)]
     elif net == "pooling earlier":
         layers[2], layers[3], layers[-1] = layers[3], layers[2], nn.AvgPool2d(2)
-    elif net != "ours":
+    elif net not in ("ours", "ReLU"):
         raise ValueError(f"there is no network called {net!r}")
     if width != 1:
-        for i, layer in enumerate(layers):
-            if isinstance(layer, ConvBlock):
-                conv = layer[0]
-                inputs = 1 if i == 0 else int(width * conv.in_channels)
-                layers[i] = ConvBlock(inputs, int(width * conv.out_channels), conv.kernel_size[0], dropout)
+        for i in blocks:
+            conv = layers[i][0]
+            inputs = 1 if i == 0 else int(width * conv.in_channels)
+            layers[i] = block(inputs, int(width * conv.out_channels), conv.kernel_size[0])
         layers[-2] = nn.Conv2d(int(width * 16), 10, 1)
     model.layers = nn.Sequential(*layers)
     return model
 
 
-def rate(schedule, ours, step, steps_per_epoch):
-    """Return the learning rate of a step as a share of its peak; `ours` is the recipe's."""
-    tenth = 0.1 if step // steps_per_epoch >= 15 else 1.0
-    return {"one-cycle": ours(step), "constant": 1.0, "a tenth after epoch 15": tenth}[schedule]
+def rate(schedule, step, steps_per_epoch):
+    """Return the learning rate of a step as a share of its peak."""
+    return 0.1 if schedule == "a tenth after epoch 15" and step // steps_per_epoch >= 15 else 1.0
 
 
 def trial(
     variant, split, seed, *, images=None, net="ours", width=1, dropout=0.0, augment="ours", plain_sgd=False,
-    schedule="one-cycle", bfloat16=False, **fields,
+    schedule="one-cycle", **fields,
 ):  # fmt: skip
     """Train, and return the row, its settings still empty. `fields` are the recipe's.
 
     `images` takes only so many of both sets, to see whether it runs.
     """
     start, device, recipe = time.process_time(), get_device(), Recipe(seed=seed, **fields)
-    # On every CPU in float32, also where the notebook would multiply in bfloat16.
-    utils.cpu_dtype = lambda: torch.bfloat16 if bfloat16 else torch.float32
     loader, test_loader = loaders(recipe, device, split, images)
     if augment == "none":
         loader.augment = None
     elif augment == "course":
         loader = course_loader(len(loader.labels), recipe.batch_size)
     torch.manual_seed(seed)
-    model = build(net, width, dropout).to(device, memory_format=torch.channels_last)
-    optimizer, scheduler, averaged = recipe.prepare(model, len(loader))
+    model = on(device, build(net, width, dropout))
+    optimizer = recipe.optimizer(model)
     if plain_sgd:
-        optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum)
-    shape = partial(rate, schedule, scheduler.lr_lambdas[0], steps_per_epoch=len(loader))
-    scheduler = LambdaLR(optimizer, shape)
+        optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, fused=True)
+    scheduler = recipe.scheduler(optimizer, len(loader))
+    if schedule != "one-cycle":
+        scheduler = LambdaLR(optimizer, partial(rate, schedule, steps_per_epoch=len(loader)))
+    averaged = recipe.averaged(model)
     losses, accuracies, raw = [], [], []
     for _ in range(recipe.epochs):
         train(model, device, loader, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
@@ -200,13 +189,12 @@ def trial(
 def missing(study, seeds, rows, only=None, **more):
     """Return (variant, split, seed, changes) of each trial without a row from such a device, seed by seed.
 
-    Devices are of two kinds, CPUs and GPUs: they draw different augmentations, and in bfloat16 the notebook multiplies
-    only on a CPU. `more` is changed in all trials.
+    Devices are of two kinds, CPUs and GPUs: they draw different augmentations. `more` is changed in all trials.
     """
     split, variants = STUDIES[study]
     cpu = get_device().type == "cpu"
     done = {(row["settings"], row["split"], row["seed"]) for row in rows if on_cpu(row) == cpu}
-    chosen = {name: variants[name] | more for name in only or variants if cpu or "bfloat16" not in variants[name]}
+    chosen = {name: variants[name] | more for name in only or variants}
     jobs = [(name, split, seed, changes) for seed in seeds for name, changes in chosen.items()]
     return [job for job in jobs if (settings(job[3]), split, str(job[2])) not in done]
 
@@ -237,6 +225,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", type=int, default=1, help="train from the seeds 1 to this one")
+    parser.add_argument("--first-seed", type=int, default=1, help="... or from this one on")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of the study, by name")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials at once; one a core")
     parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.csv", help="the file for the rows")
@@ -246,7 +235,8 @@ def main():
         if name not in STUDIES[options.study][1]:
             parser.error(f"no variant {name!r} in {options.study}; there are: {'; '.join(STUDIES[options.study][1])}")
     more = {"images": options.images} if options.images else {}
-    jobs = missing(options.study, range(1, options.seeds + 1), read(options.results), options.only, **more)
+    seeds = range(options.first_seed, options.seeds + 1)
+    jobs = missing(options.study, seeds, read(options.results), options.only, **more)
     sys.exit(bool(run(jobs, options.results, options.workers)))
 
 

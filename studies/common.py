@@ -24,11 +24,11 @@ def get_device():
 
 
 def about(device):
-    """Return the columns that every row ends with: device, and on a CPU the type it multiplies in; versions; commit."""
+    """Return the columns that every row ends with: device, versions, commit."""
     import torchvision
 
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    name = f"{name}, {os.cpu_count()} CPUs, {str(utils.cpu_dtype())[6:]}"
+    name = f"{name}, {os.cpu_count()} CPUs, float32"  # earlier rows may say bfloat16
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -50,7 +50,7 @@ def read(path):
     """Return the rows of a CSV file as dicts of text; none where there is no file."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -59,11 +59,16 @@ def append(path, row):
     new = not path.exists()
     columns = row if new else read(path)[0]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
+    with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def on(device, model):
+    """Return the model on the device; on a CPU in the layout that is faster there."""
+    return model.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.preserve_format)
 
 
 def loaders(recipe, device, split, images=None):

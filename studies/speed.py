@@ -1,24 +1,23 @@
 """How fast is the training, beside the ordinary way and beside what the machine allows, and how soon is it at 99.4 %?
 
     .venv/bin/python studies/speed.py epochs             # half an hour on two cores that do nothing else
-    .venv/bin/python studies/speed.py goal --seeds 10    # the short schedule, one seed after the other
+    .venv/bin/python studies/speed.py goal --seeds 10    # whole trainings, one seed after the other
     .venv/bin/python studies/speed.py tables             # prints the rows of both, draws results/speed.png
 
 - A, the ordinary way, is the course's: images through PIL one by one, a DataLoader at its best number of workers, plain
-  SGD in float32, two numbers read from the device in each step. Then without its dropout.
-- B, ours, trains as the notebook does; then with fewer images and in other batches, to see how it grows.
-- C, the floor, is B's forward, backward and step on one batch that stays. Then the levers: C with one thing changed.
+  SGD, two numbers read from the device in each step. Then without its dropout.
+- B, ours, trains as the notebook does. Then with fewer images and in other batches, to see how it grows; then the
+  levers: B with one thing changed.
+- C is B's forward, backward and step on one batch that stays, each operation launched by itself.
 
 A minute of a shared machine may be half as fast as the next. So each of them trains in turn with C: half a piece of an
-epoch of C, a piece of its own, the other half of C; ten pieces, but of A one, for its workers would load on meanwhile.
-What counts is how many times C's seconds it took. Each has a process of its own, three times, and a row when that ends,
-in speed.csv or goal.csv; what has its row from this device is not run again. Linux only.
+epoch of C, a piece of its own, the other half of C. An epoch has ten pieces. A's has one: its workers would load on
+meanwhile. What counts is how many times C's seconds it took. All take three turns, and each turn is a row in speed.csv;
+each training is a row in goal.csv. What has its row from this device is not run again.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from itertools import islice
@@ -29,43 +28,57 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from s6 import utils
 from s6.model import Net
-from s6.utils import Recipe, cpu_dtype, load_mnist, test, train
-from studies.common import DATA, RESULTS, about, append, course_loader, get_device, loaders, read
+from s6.utils import Recipe, test, train
+from studies.common import RESULTS, about, append, course_loader, get_device, loaders, on, read
 
 # ------------------------------------------------------------------------------------------------- seconds of an epoch
 
-A, B, C = {"way": "A", "batch_size": 512, "dropout": 0.005}, {"way": "B"}, {"way": "C"}
-LEVERS = ["no channels_last", "torch.compile"] + ["float32"] * (cpu_dtype() == torch.bfloat16)  # elsewhere C is
+A, B = {"way": "A", "batch_size": 512, "dropout": 0.005}, {"way": "B"}
+ON_CPU = get_device().type == "cpu"
+LEVERS = ["dropout 0.005", "torch's moving average", "SGD not fused"]
+LEVERS += ["no channels_last"] if ON_CPU else ["no CUDA graph", "no TF32"]
+WORKERS = (0, 1, 2, 4) if ON_CPU else (0, 1, 2, 4, 8)  # of A
 TURNS = {"A": A, "A, no dropout": A | {"dropout": 0.0}, "B": B}  # arguments of `measure`
 TURNS |= {f"B, {n:,} images": B | {"share": n / 60_000} for n in (15_000, 30_000)}
 TURNS |= {f"B, batches of {n:,}": B | {"batch_size": n} for n in (125, 512, 1000)}
-TURNS |= {"C, dropout 0.005": C | {"dropout": 0.005}} | {f"C, {lever}": C | {"lever": lever} for lever in LEVERS}
+TURNS |= {f"B, {lever}": B | {"lever": lever} for lever in LEVERS}
 
 
 def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, lever=None):
     """Return the batches of an epoch, and a function that trains on as many as it is given."""
     device, recipe = get_device(), Recipe(batch_size=batch_size)
-    layout = torch.contiguous_format if way == "A" or lever == "no channels_last" else torch.channels_last
-    model = Net(dropout).to(device, memory_format=layout)
-    forward = torch.compile(model) if lever == "torch.compile" else model
-    dtype = torch.float32 if way == "A" or lever == "float32" or device.type != "cpu" else cpu_dtype()  # as in `train`
+    model = Net(0.005 if lever == "dropout 0.005" else dropout)
+    model = model.to(device) if way == "A" or lever == "no channels_last" else on(device, model)
     if way == "A":
         batches = course_loader(images, batch_size, workers)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     else:
         batches, _ = loaders(recipe, device, "60k/test", images)
-        optimizer, scheduler, averaged = recipe.prepare(model, len(batches))
         batches = [next(iter(batches))] * len(batches) if way == "C" else batches
+        optimizer = recipe.optimizer(model)
+    scheduler, averaged = recipe.scheduler(optimizer, len(batches)), recipe.averaged(model)
+    if lever == "torch's moving average":
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
+    elif lever == "SGD not fused":
+        for group in optimizer.param_groups:
+            group.update(fused=False, foreach=not ON_CPU)
+    elif lever == "no TF32":
+        torch.backends.cudnn.allow_tf32 = False  # the process is this lever's own
 
     def steps(batches):
         if way == "B":
-            return train(model, device, batches, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
+            graphed = utils.graphed
+            utils.graphed = (lambda step: step) if lever == "no CUDA graph" else graphed
+            train(model, device, batches, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
+            utils.graphed = graphed
+            return
         for data, target in batches:
             data, target = data.to(device), target.to(device)
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                output = forward(data).float()
+            output = model(data)
             loss = F.nll_loss(output, target)
             optimizer.zero_grad()
             loss.backward()
@@ -78,15 +91,10 @@ def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, 
 
 
 def measure(way, images, workers, share=1.0, **setting):
-    """Return the time when the first step had ended, peak memory, and the seconds of an epoch and of C beside it."""
+    """Return the seconds of an epoch, and those of C's epoch beside it."""
     batches, steps = prepared(way, images := int(share * images), workers, **setting)
-    steps([next(iter(batches))])
-    first = time.time()
-    steps(islice(batches, 1 + len(batches) // 10))  # to warm up
-    # Of A without its workers. getrusage would count what the parent held when it started this process.
-    memory = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    memory = torch.cuda.max_memory_allocated() / 2**20 if get_device().type == "cuda" else memory
     floor, floor_steps = prepared("C", images)
+    steps(islice(batches, 1 + len(batches) // 10))  # to warm up
     floor_steps(floor[: 1 + len(floor) // 10])
     seconds = [0.0, 0.0]  # of C, and its own
     pieces, epoch = (1, None) if way == "A" else (min(10, len(batches)), iter(batches))  # A's workers would load on
@@ -98,42 +106,40 @@ def measure(way, images, workers, share=1.0, **setting):
             start = time.perf_counter()
             run(some)
             seconds[turn % 2] += time.perf_counter() - start
-    return {"seconds": seconds[1], "seconds of C": seconds[0], "first step": first, "MiB": memory}
+    return {"seconds": seconds[1], "seconds of C": seconds[0]}
 
 
-def row(path, columns, key, function, until, **arguments):
-    """Return the row with `key` of this device, appended from a process of its own that calls `function` if missing."""
-    if old := [one for one in read(path) if (key | {"device": columns["device"]}).items() <= one.items()]:
+def row(path, key, function, **arguments):
+    """Return the row with this key, the device included; if there is none, call `function` and append it."""
+    if old := [one for one in read(path) if key.items() <= one.items()]:
         return old[0]
-    env = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # every compilation takes what the first one takes
-    call, start = [sys.executable, __file__, "child", json.dumps([function, arguments])], time.time()
-    child = subprocess.run(call, stdout=subprocess.PIPE, env=env)
-    if child.returncode and arguments.get("lever") == "torch.compile":
-        return print("torch.compile is left out: it fails here, as said above. Is there a C++ compiler?", flush=True)
-    child.check_returncode()
-    figures = json.loads(child.stdout.splitlines()[-1])  # after the bars of `train`
-    figures[until] -= start  # a time of day becomes seconds from the command
-    new = key | {name: f"{value:.4g}" for name, value in figures.items()} | columns
+    new = key | {name: f"{value:.4g}" for name, value in function(**arguments).items()} | about(get_device())
     append(path, new)
-    print(*list(new.values())[: -len(columns)], sep=", ", flush=True)
+    print(*list(new.values())[:-4], sep=", ", flush=True)
     return new
 
 
-def epochs(path, columns, images):
+def epochs(path, images):
     """Find the best number of workers on a quarter of an epoch, then take the turns."""
-    ratios = {}
-    for n in (0, 1, 2, 4):
-        key = {"name": f"A, 15,000 images, {n} workers", "turn": "1"}
-        quarter = row(path, columns, key, "measure", "first step", images=images // 4, workers=n, **A)
+    ratios, key = {}, {"device": about(get_device())["device"]}
+    for n in WORKERS:
+        name = {"name": f"A, 15,000 images, {n} workers", "turn": "1"}
+        quarter = row(path, key | name, measure, images=images // 4, workers=n, **A)
         ratios[n] = float(quarter["seconds"]) / float(quarter["seconds of C"])
     workers = min(ratios, key=ratios.get)
-    for key in [{"name": name, "turn": turn} for turn in "123" for name in TURNS]:
-        row(path, columns, key, "measure", "first step", images=images, workers=workers, **TURNS[key["name"]])
+    for turn in "123":
+        for name, setting in TURNS.items():
+            row(path, key | {"name": name, "turn": turn}, measure, images=images, workers=workers, **setting)
 
 
 # ------------------------------------------------------------------------------------------------------ time to 99.4 %
 
-SHORT = {"epochs": 4, "batch_size": 125, "lr": 0.03, "warmup": 0.1, "sgd_lr": 0.2}  # chosen on 50k/10k
+# Chosen on 50k/10k, for a CPU and for a GPU, whose launches make Muon slow; the third is the recipe.
+SCHEDULES = {
+    "cpu": {"epochs": 4, "batch_size": 125, "lr": 0.03, "warmup": 0.1, "sgd_lr": 0.2},
+    "gpu": {"epochs": 10},
+    "recipe": {},
+}
 
 
 class Muon(torch.optim.Optimizer):
@@ -161,20 +167,25 @@ def orthogonalized(matrix):
     return x
 
 
-def short(seed, split, images, sgd_lr, **fields):
-    """Train with the short schedule and test once; return accuracy, loss and the time when they were known."""
+def training(seed, split, images, sgd_lr=None, **fields):
+    """Train, testing after each epoch; return the last accuracy, the last loss, and the seconds.
+
+    With `sgd_lr`, that is the rate of SGD for what is no convolution's weight, and the convolutions have Muon.
+    """
     device, recipe = get_device(), Recipe(seed=seed, **fields)
     loader, test_loader = loaders(recipe, device, split, images)
     torch.manual_seed(seed)
-    model = Net().to(device, memory_format=torch.channels_last)
-    optimizer, scheduler, averaged = recipe.prepare(model, len(loader))
-    groups = zip(optimizer.param_groups, (recipe.lr, sgd_lr), strict=True)  # convolutions, the rest
-    optimizer = Muon([{"params": group["params"], "lr": lr} for group, lr in groups], {"momentum": recipe.momentum})
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scheduler.lr_lambdas[0])
+    model = on(device, Net())
+    optimizer = recipe.optimizer(model)
+    if sgd_lr:
+        groups = zip(optimizer.param_groups, (recipe.lr, sgd_lr), strict=True)  # convolutions, the rest
+        optimizer = Muon([{"params": group["params"], "lr": lr} for group, lr in groups], {"momentum": recipe.momentum})
+    scheduler, averaged = recipe.scheduler(optimizer, len(loader)), recipe.averaged(model)
+    start = time.perf_counter()
     for _ in range(recipe.epochs):
         train(model, device, loader, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
-    (loss,), (accuracy,) = test(averaged, device, test_loader, F.nll_loss)
-    return {"accuracy": accuracy, "loss": loss, "seconds": time.time()}
+        (loss,), (accuracy,) = test(averaged, device, test_loader, F.nll_loss)
+    return {"accuracy": accuracy, "loss": loss, "seconds": time.perf_counter() - start}
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -191,28 +202,26 @@ def grouped(rows, names, figures):
 def tables(folder):
     """Print the tables of each device, and draw its bars: medians, lowest and highest."""
     rows = [one | {"ratio": float(one["seconds"]) / float(one["seconds of C"])} for one in read(folder / "speed.csv")]
-    of = grouped(rows, ("device", "name"), ("seconds", "ratio", "first step", "MiB"))
+    of = grouped(rows, ("device", "name"), ("seconds", "ratio"))
     devices = list(dict.fromkeys(device for device, _ in of))
     fig, panels = plt.subplots(max(1, len(devices)), figsize=(9, 6), layout="constrained", squeeze=False)
     for axes, device in zip(panels.flat, devices, strict=False):
         mid = {}
-        print(f"| an epoch on {device} | seconds | times C | range | first step | peak memory |\n" + "|---" * 6 + "|")
-        for name, (seconds, ratio, first, memory) in ((name, of[there, name]) for there, name in of if there == device):
+        print(f"| an epoch on {device} | seconds | times C | range |\n" + "|---" * 4 + "|")
+        for name, (seconds, ratio) in ((name, of[there, name]) for there, name in of if there == device):
             mid[name] = times = median(ratio)
-            print(f"| {name} | {median(seconds):.1f} | {times:.2f} | {ratio[0]:.2f} to {ratio[-1]:.2f} ", end="")
-            print(f"| {median(first):.1f} s | {median(memory):,.0f} MiB |")
+            print(f"| {name} | {median(seconds):.3g} | {times:.2f} | {ratio[0]:.2f} to {ratio[-1]:.2f} |")
             if "images" not in name:
-                axes.barh(name, times, xerr=[[times - ratio[0]], [ratio[-1] - times]], color=f"C{'ABC'.index(name[0])}")
+                axes.barh(name, times, xerr=[[times - ratio[0]], [ratio[-1] - times]], color=f"C{'AB'.index(name[0])}")
         axes.axvline(1, color="black", linestyle="--")
-        axes.set(title=f"A: the ordinary way, B: ours, C: its steps on one batch. {device}", ylim=axes.get_ylim()[::-1])
+        axes.set(title=f"A: the ordinary way, B: ours. {device}", ylim=axes.get_ylim()[::-1])
         axes.set_xlabel("time of an epoch beside C's: median, lowest, highest of three")
         if mid.keys() >= {"A", "A, no dropout", "B", "B, batches of 512"}:  # else not all has been measured yet
             print(f"\n| | measured |\n|---|---|\n| B / A | 1 / {mid['A'] / mid['B']:.1f} |")
             print(f"| B / A without A's dropout | 1 / {mid['A, no dropout'] / mid['B']:.1f} |")
-            print(f"| and both in batches of 512 | 1 / {mid['A, no dropout'] / mid['B, batches of 512']:.1f} |")
-            print(f"| outside forward, backward and step, 1 - C / B | {1 - 1 / mid['B']:.0%} |\n")
+            print(f"| and both in batches of 512 | 1 / {mid['A, no dropout'] / mid['B, batches of 512']:.1f} |\n")
     fig.savefig(folder / "speed.png", dpi=110)
-    print("| short schedule | split | device | accuracy (%) | lowest | loss | seconds | seeds |\n" + "|---" * 8 + "|")
+    print("| settings | split | device | accuracy (%) | lowest | loss | seconds | seeds |\n" + "|---" * 8 + "|")
     of = grouped(read(folder / "goal.csv"), ("settings", "split", "device"), ("accuracy", "loss", "seconds"))
     for key, (accuracy, loss, seconds) in of.items():
         sd = stdev(accuracy) if len(accuracy) > 1 else float("nan")
@@ -221,13 +230,11 @@ def tables(folder):
 
 
 def main():
-    if sys.argv[1:2] == ["child"]:  # see `row`
-        function, arguments = json.loads(sys.argv[2])
-        return print(json.dumps(globals()[function](**arguments)))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("epochs", "goal", "tables"))
     parser.add_argument("--split", choices=("60k/test", "50k/10k"), default="60k/test", help="of goal")
     parser.add_argument("--seeds", type=int, default=1, help="of goal: the seeds 1 to this one")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cpu" if ON_CPU else "gpu", help="of goal")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of goal: of Recipe, or sgd_lr")
     parser.add_argument("--images", type=int, default=60_000, help="take so few, to see that it runs; with --results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for the rows and the picture")
@@ -235,15 +242,15 @@ def main():
     assert options.images == 60_000 or options.results != RESULTS, "so few are no result: name other --results"
     if options.part == "tables":
         return tables(options.results)
-    load_mnist(DATA)  # fetched here, not in a time that is measured
-    columns = about(get_device())
     if options.part == "epochs":
-        return epochs(options.results / "speed.csv", columns, options.images)
-    settings = SHORT | {key: json.loads(value) for key, value in (item.split("=") for item in options.set)}
-    key = {"settings": ", ".join(f"{key}={value}" for key, value in settings.items()), "split": options.split}
+        return epochs(options.results / "speed.csv", options.images)
+    changed = {key: json.loads(value) for key, value in (item.split("=") for item in options.set)}
+    settings = SCHEDULES[options.schedule] | changed
+    text = ", ".join(f"{key}={value}" for key, value in settings.items()) or "the recipe"
     settings |= {"split": options.split, "images": options.images}
     for n in range(1, options.seeds + 1):
-        row(options.results / "goal.csv", columns, key | {"seed": f"{n}"}, "short", "seconds", seed=n, **settings)
+        key = {"settings": text, "split": options.split, "seed": f"{n}", "device": about(get_device())["device"]}
+        row(options.results / "goal.csv", key, training, seed=n, **settings)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from functools import partialmethod
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, random_images
 from torch import nn
 
 from s6.model import Net
-from s6.utils import MEAN, STD, Loader, Recipe, cpu_dtype, predict, test, train
+from s6.utils import MEAN, STD, Loader, Recipe, graphed, predict, test, train
 from studies.common import course_loader
 
 
@@ -193,16 +193,68 @@ def test_what_cannot_be_learnt_is_named_and_the_histories_stay(broken, said, bat
         test(model, "cpu", [], F.nll_loss)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of Nvidia's")
-def test_a_gpu_trains_as_a_cpu_does(batches, monkeypatch):
-    monkeypatch.setattr("s6.utils.cpu_dtype", lambda: torch.float32)
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def trained(loader, monkeypatch, graph=True, device="cuda", model=None, optimizer=None):
+    """Train for two epochs; return the loss of each, and the weights, on the CPU."""
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
-    recipe, histories = Recipe(epochs=3, lr=0.02), []
-    for device in ("cpu", "cuda"):
-        loader = Loader(batches.images.to(device), batches.labels.to(device), 16)
-        model, history = seeded().to(device), ([], [])
-        optimizer, scheduler, averaged = recipe.prepare(model, len(loader))
+    with monkeypatch.context() as patch:
+        if not graph:
+            patch.setattr("s6.utils.graphed", lambda step: step)
+        recipe, losses = Recipe(epochs=2, lr=0.02), []
+        model = copy.deepcopy(model or seeded()).to(device)
+        optimizer = (optimizer or recipe.optimizer)(model)
+        scheduler, averaged = recipe.scheduler(optimizer, 30), recipe.averaged(model)
         for _ in range(recipe.epochs):
-            train(model, device, loader, optimizer, F.nll_loss, *history, scheduler=scheduler, averaged=averaged)
-        histories.append(history[0] + test(averaged, device, loader, F.nll_loss)[0])
-    assert histories[1] == pytest.approx(histories[0], rel=1e-3)
+            train(model, device, loader, optimizer, F.nll_loss, losses, scheduler=scheduler, averaged=averaged)
+    states = {"model": model.state_dict(), "averaged": averaged.state_dict()}
+    return losses, {name: {key: t.cpu().float() for key, t in state.items()} for name, state in states.items()}
+
+
+def fixed_batches(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, 1, 28, 28, generator=generator), torch.arange(n) % 10) for n in sizes]
+
+
+LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10), nn.LogSoftmax(1))
+
+
+@needs_a_gpu
+@pytest.mark.parametrize(
+    ("sizes", "model", "optimizer"),
+    [
+        ([20] * 25, None, None),  # 50 steps
+        ([20] * 5 + [7] + [20] * 5 + [7, 7, 20], None, None),  # batches of several sizes
+        ([20] * 10, LINEAR, None),
+        ([20] * 10, None, lambda model: torch.optim.AdamW(model.parameters(), 1e-3)),
+    ],
+    ids=["ours", "sizes", "another network", "another optimizer"],
+)
+def test_a_graph_trains_as_the_steps_one_by_one_and_as_a_cpu(sizes, model, optimizer, monkeypatch, recwarn):
+    loader = fixed_batches(*sizes)
+    graph = trained(loader, monkeypatch, True, "cuda", model, optimizer)
+    eager = trained(loader, monkeypatch, False, "cuda", model, optimizer)
+    cpu = trained(loader, monkeypatch, False, "cpu", model, optimizer)
+    assert not recwarn.list, [str(warning.message) for warning in recwarn]
+    assert graph[0] == pytest.approx(eager[0], rel=1e-4) and graph[0] == pytest.approx(cpu[0], rel=1e-3)
+    torch.testing.assert_close(graph[1], eager[1], rtol=1e-3, atol=1e-4)
+
+
+@needs_a_gpu
+def test_a_graph_draws_new_dropout_in_every_step():
+    ones, seen = torch.ones(64, device="cuda"), torch.zeros(64, device="cuda")
+    step, masks = graphed(lambda images: seen.copy_(F.dropout(images, 0.5))), set()
+    for _ in range(5):
+        step(ones)
+        masks.add(tuple(seen.tolist()))
+    assert len(masks) == 5
+
+
+@needs_a_gpu
+def test_a_graph_bears_a_loader_that_pins_memory(monkeypatch):
+    images, labels = random_images(400)
+    dataset = torch.utils.data.TensorDataset(images / 255, labels)
+    loader = torch.utils.data.DataLoader(dataset, 20, num_workers=2, pin_memory=True)
+    losses, _ = trained(loader, monkeypatch, model=Net(dropout=0.1))
+    assert losses[1] < losses[0] < 4
