@@ -37,11 +37,11 @@ class Recipe:
     momentum: float = 0.9  # Nesterov's
     weight_decay: float = 5e-4  # on the convolution kernels only, not on biases and BatchNorm
     average: float = 0.998  # decay per step of the moving average of the weights
-    degrees: float = 10.0  # augmentation: rotate by up to this many degrees, either way
+    degrees: float = 7.0  # augmentation: rotate by up to this many degrees, either way
     translate: float = 1.0  # augmentation: shift by up to this many pixels along each axis
     scale: float = 0.1  # augmentation: zoom by a factor from 1 - scale to 1 + scale
-    shear: float = 10.0  # augmentation: slant by up to this many degrees, either way
-    upright: bool = False  # shear every digit upright first, see the function
+    shear: float = 5.0  # augmentation: slant by up to this many degrees, either way
+    upright: bool = True  # make every digit upright first: see the function of this name
 
     def __post_init__(self):
         if min(self.epochs, self.batch_size) < 1:

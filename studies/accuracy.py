@@ -75,7 +75,7 @@ NEXT = {  # the course's next assignment: fewer than 8,000 parameters, at most 1
     f"{width:g} of the channels, 15 epochs": {"width": width, "epochs": 15} for width in (0.75, 0.875)
 }
 STUDIES = {
-    "choosing": ("50k/10k", {"digits as they come": AS_THEY_COME, **UPRIGHT}),
+    "choosing": ("50k/10k", {"digits as they come": AS_THEY_COME} | UPRIGHT),
     "report": ("60k/test", {"ours": {}}),
     "ladder": ("60k/test", LADDER),
     "ablation": ("60k/test", ABLATION),

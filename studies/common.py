@@ -67,8 +67,8 @@ def append(path, row):
 
 
 def on(device, model):
-    """Return the model on the device; on a CPU in the layout that is faster there."""
-    return model.to(device, memory_format=torch.channels_last if device.type == "cpu" else torch.preserve_format)
+    """Return the model on the device, as the notebook does: channels_last is faster on a CPU and on NVIDIA's GPUs."""
+    return model.to(device, memory_format=torch.preserve_format if device.type == "mps" else torch.channels_last)
 
 
 def loaders(recipe, device, split, images=None):

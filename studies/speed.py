@@ -39,8 +39,8 @@ from studies.common import RESULTS, about, append, course_loader, get_device, lo
 
 A, B = {"way": "A", "batch_size": 512, "dropout": 0.005}, {"way": "B"}
 ON_CPU = get_device().type == "cpu"
-LEVERS = ["dropout 0.005", "torch's moving average", "SGD not fused"]
-LEVERS += ["no channels_last"] if ON_CPU else ["no CUDA graph", "no TF32"]
+LEVERS = ["no channels_last", "dropout 0.005", "torch's moving average", "SGD not fused"]
+LEVERS += [] if ON_CPU else ["no CUDA graph", "no TF32"]
 WORKERS = (0, 1, 2, 4) if ON_CPU else (0, 1, 2, 4, 8)  # of A
 TURNS = {"A": A, "A, no dropout": A | {"dropout": 0.0}, "B": B}  # arguments of `measure`
 TURNS |= {f"B, {n:,} images": B | {"share": n / 60_000} for n in (15_000, 30_000)}

@@ -227,7 +227,7 @@ LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32
         ([20] * 25, None, None),  # 50 steps
         ([20] * 5 + [7] + [20] * 5 + [7, 7, 20], None, None),  # batches of several sizes
         ([20] * 10, LINEAR, None),
-        ([20] * 10, None, lambda model: torch.optim.AdamW(model.parameters(), 1e-3)),
+        ([20] * 10, None, lambda model: torch.optim.AdamW(model.parameters(), 1e-3, eps=1e-3)),
     ],
     ids=["ours", "sizes", "another network", "another optimizer"],
 )
