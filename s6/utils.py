@@ -66,7 +66,7 @@ class Recipe:
         return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=True, fused=True)
 
     def scheduler(self, optimizer, steps_per_epoch):
-        """Return the schedule, to step once a batch: a straight line up to `lr`, another to zero."""
+        """Return the schedule, to step once a batch: one straight line up, another to zero."""
         steps = self.epochs * steps_per_epoch
         knots = [-1, self.warmup * steps, steps]
         return LambdaLR(optimizer, lambda step: float(np.interp(step, knots, [0, 1, 0])))
@@ -205,13 +205,12 @@ class Loader:
             images = self.images[chunk].float()
             if self.augment is not None:
                 images = self.augment(images, draws[chunk])
-            images = (images - 255 * MEAN) / (255 * STD)
-            labels = self.labels[chunk]
-            yield from zip(images.split(self.batch_size), labels.split(self.batch_size), strict=True)
+            batches = ((images - 255 * MEAN) / (255 * STD)).split(self.batch_size)
+            yield from zip(batches, self.labels[chunk].split(self.batch_size), strict=True)
 
 
 def mnist_loaders(recipe, device, root="data"):
-    """Return `(train_loader, test_loader)` with MNIST on `device` (55 MB); only the first augments."""
+    """Return `(train_loader, test_loader)`, both with their images on `device` (55 MB in all)."""
 
     def images_and_labels(train):
         images, labels = (part.to(device) for part in load_mnist(root, train))
@@ -238,8 +237,11 @@ def train(
         criterion: function of (outputs, labels) that returns the mean loss of a batch.
         train_losses, train_acc: lists to append to; None starts new ones.
         scheduler, averaged: from `Recipe`; stepped and updated once a batch.
+        show_bar: whether to show a progress bar.
 
-    Raises FloatingPointError if the loss is not finite, ValueError if the loader is empty.
+    On an NVIDIA GPU, the Python code of network and criterion runs only for the first two batches;
+    `graphed` says why. Raises FloatingPointError if the loss is not finite, and ValueError if the
+    loader is empty.
     """
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
@@ -256,9 +258,10 @@ def train(
 
     if torch.device(device).type == "cuda":
         gradients = graphed(gradients)
-    bar = {"desc": f"epoch {len(train_losses) + 1}", "leave": False, "disable": not show_bar or None}
-    progress = tqdm(train_loader, file=sys.stdout, **bar)
-    for step, (images, labels) in enumerate(progress):
+    batches = train_loader
+    if show_bar:  # on stdout: Jupyter shows stderr in red
+        batches = tqdm(batches, f"epoch {len(train_losses) + 1}", leave=False, file=sys.stdout)
+    for step, (images, labels) in enumerate(batches):
         gradients(images.to(device), labels.to(device))
         optimizer.step()
         if scheduler is not None:
@@ -266,9 +269,9 @@ def train(
         if averaged is not None:
             averaged.update_parameters(model)
         seen += len(labels)
-        if step % 50 == 0 and not progress.disable:  # reading them makes a GPU wait
+        if show_bar and step % 50 == 0:  # not more often: reading them makes a GPU wait
             loss, correct = (sums / seen).tolist()
-            progress.set_postfix_str(f"loss {loss:.4f}, accuracy {100 * correct:.2f} %")
+            batches.set_postfix_str(f"loss {loss:.4f}, accuracy {100 * correct:.2f} %")
     if not seen:
         raise ValueError("the training loader is empty")
     loss, correct = sums.tolist()
@@ -295,7 +298,7 @@ def graphed(step):
             return step(*tensors)
         if graph is None:
             graph = torch.cuda.CUDAGraph()
-            # Another thread, such as that of a DataLoader with pin_memory, may use the GPU meanwhile.
+            # The thread of a DataLoader with pin_memory may use the GPU meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step(*inputs)
         torch._foreach_copy_(inputs, tensors)
@@ -398,9 +401,10 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     curves = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
     for name, losses, accuracies in curves:
-        last = (f", last {losses[-1]:.4f}", f", last {accuracies[-1]:.2f} %") if accuracies else ("", "")
-        left.plot(range(1, len(losses) + 1), losses, ".-", label=name + last[0])
-        right.plot(range(1, len(accuracies) + 1), accuracies, ".-", label=name + last[1])
+        if accuracies:  # one epoch at least
+            epochs = range(1, len(losses) + 1)
+            left.plot(epochs, losses, ".-", label=f"{name}, last {losses[-1]:.4f}")
+            right.plot(epochs, accuracies, ".-", label=f"{name}, last {accuracies[-1]:.2f} %")
     right.axhline(99.4, color="gray", linestyle="--", label="goal, 99.4 %")
     left.set(xlabel="epoch", ylabel="loss (negative log-likelihood)", yscale="log", title="Loss")
     lowest = min([97.4, *test_acc])
@@ -421,7 +425,7 @@ def plot_digits(images, titles=None, columns=10):
     for axes in grid.flat:
         axes.axis("off")
     titles = titles or [""] * len(images)
-    for axes, image, title in zip(grid.flat, images.cpu(), titles, strict=False):
+    for axes, image, title in zip(grid.flat, images.cpu().numpy(), titles, strict=False):
         axes.imshow(image[0], cmap="gray")
         axes.set_title(title, fontsize=8)
     plt.close(fig)

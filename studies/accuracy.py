@@ -39,7 +39,7 @@ from studies.common import RESULTS, about, append, course_loader, get_device, lo
 # ---------------------------------------------------------------------------------------------------------- variants
 # Name: what it changes about ours. The keys are fields of `Recipe`, or arguments of `trial`.
 
-AS_THEY_COME = {"degrees": 10.0, "shear": 10.0, "upright": False}  # the digits
+AS_THEY_COME = {"degrees": 10.0, "shear": 10.0, "upright": False}  # the digits, with the augmentation chosen for them
 SGD = {"plain_sgd": True, "weight_decay": 0.0, "lr": 0.01, "schedule": "a tenth after epoch 15"}  # the course's
 STEADY = {"batch_size": 512, "average": 0.0}
 LADDER = {  # from the course's recipe to ours, one step at a time
@@ -48,15 +48,13 @@ LADDER = {  # from the course's recipe to ours, one step at a time
     "no dropout": {"net": "course", **SGD, **STEADY, **AS_THEY_COME},
     "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU", **SGD, **STEADY, **AS_THEY_COME},
     "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **STEADY, **AS_THEY_COME},
-    # Batches of 250, SiLU and the moving average need no rows of their own: the average has no part in the training,
-    # so the raw accuracies of the next two are those of a training without it.
+    # Three steps follow: batches of 250, SiLU and the moving average. The average has no part in the training. So the
+    # raw accuracies of the next two variants are those of trainings without it.
     "ReLU for SiLU, digits as they come": {"net": "ReLU", **AS_THEY_COME},
     "digits as they come": AS_THEY_COME,
     "ours": {},
 }
 ABLATION = {  # without "no moving average", for the same reason
-    "ours": {},
-    "digits as they come": AS_THEY_COME,
     "no augmentation": {"augment": "none"},
     "ReLU for SiLU": {"net": "ReLU"},
     "no BatchNorm, He's first weights, a quarter of the rate": {"net": "no BatchNorm", "lr": 0.05},
@@ -74,12 +72,21 @@ UPRIGHT = {  # how much augmentation do upright digits want?
 NEXT = {  # the course's next assignment: fewer than 8,000 parameters, at most 15 epochs
     f"{width:g} of the channels, 15 epochs": {"width": width, "epochs": 15} for width in (0.75, 0.875)
 }
+
+
+def one_step_before(variants):
+    """Return the variants as changes of the recipe below ours on the ladder."""
+    return {f"{name}, digits as they come": changes | AS_THEY_COME for name, changes in variants.items()}
+
+
 STUDIES = {
     "choosing": ("50k/10k", {"digits as they come": AS_THEY_COME} | UPRIGHT),
     "report": ("60k/test", {"ours": {}}),
     "ladder": ("60k/test", LADDER),
-    "ablation": ("60k/test", ABLATION),
+    "ablation": ("60k/test", {"ours": {}} | ABLATION),
+    "ablation-before": ("60k/test", {"digits as they come": AS_THEY_COME} | one_step_before(ABLATION)),
     "widths": ("60k/test", WIDTHS),
+    "widths-before": ("60k/test", one_step_before(WIDTHS)),
     "next": ("60k/test", NEXT),
 }
 

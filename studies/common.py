@@ -72,14 +72,14 @@ def on(device, model):
 
 
 def loaders(recipe, device, split, images=None):
-    """Return the loader that a split trains on, and the one that it reads; `images` takes only so many of both."""
-    loader, test_loader = utils.mnist_loaders(recipe, device, DATA)
+    """Return the loader that a split trains on, and the one that it tests on; `images` takes only so many of both."""
+    train_set, test_set = utils.load_mnist(DATA), utils.load_mnist(DATA, train=False)
     if split == "50k/10k":
-        test_loader = utils.Loader(loader.images[50_000:], loader.labels[50_000:], recipe.batch_size)
-        loader.images, loader.labels = loader.images[:50_000], loader.labels[:50_000]
-    for part in (loader, test_loader):
-        part.images, part.labels = part.images[:images], part.labels[:images]
-    return loader, test_loader
+        train_set, test_set = [part[:50_000] for part in train_set], [part[50_000:] for part in train_set]
+    (digits, labels), test_set = ([part[:images].to(device) for part in both] for both in (train_set, test_set))
+    if recipe.upright:
+        digits, test_set[0] = utils.upright(digits), utils.upright(test_set[0])
+    return utils.Loader(digits, labels, recipe.batch_size, recipe.seed, recipe.augment), utils.Loader(*test_set, 1000)
 
 
 def course_loader(images, batch_size, workers=0, data=DATA):

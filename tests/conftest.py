@@ -1,3 +1,4 @@
+import contextlib
 import os
 from pathlib import Path
 
@@ -18,8 +19,10 @@ ROOT = Path(__file__).parent.parent
 
 def run_training_cell(names):
     """Run the cell of S6.ipynb that trains, over `names` and those of utils.py; what it leaves is in `names`, too."""
-    [cell] = [c for c in nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4).cells if "resumable(" in c.source]
-    names |= vars(utils) | {"torch": torch, "device": torch.device("cpu")} | names
+    notebook = nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4)
+    [cell] = [c for c in notebook.cells if "load_checkpoint(" in c.source]
+    settings = {"torch": torch, "contextlib": contextlib, "device": torch.device("cpu"), "layout": torch.channels_last}
+    names |= vars(utils) | settings | names
     exec(cell.source, names)
 
 

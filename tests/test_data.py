@@ -1,11 +1,14 @@
-from types import SimpleNamespace
+import shutil
+import socket
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import ROOT
+from scipy.ndimage import affine_transform
 
-from s6.utils import MEAN, MNIST_SHA256, STD, Loader, Recipe, affine, load_mnist, mnist_loaders
+from s6.utils import MEAN, STD, Loader, Recipe, affine, load_mnist, mnist_loaders, upright
 
 IMAGES = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 DRAWS = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -29,7 +32,7 @@ def test_augment_is_a_function_of_images_and_draws():
     images, draws = IMAGES.clone(), DRAWS.clone()
     augmented = Recipe().augment(images, draws)
     turn, x, y, zoom, slant = draws.T
-    expected = affine(images, 10 * turn, torch.stack([x, y], 1), 1 + 0.1 * zoom, 10 * slant)
+    expected = affine(images, 7 * turn, torch.stack([x, y], 1), 1 + 0.1 * zoom, 5 * slant)
     torch.testing.assert_close(augmented, expected)
     assert torch.equal(images, IMAGES) and torch.equal(draws, DRAWS)
 
@@ -80,7 +83,7 @@ def test_what_is_drawn_depends_on_seed_and_epoch_only():
 
 
 def test_mnist_loaders_hold_what_torchvision_reads_normalised_by_its_statistics(mnist):
-    recipe = Recipe(batch_size=100, seed=7)
+    recipe = Recipe(batch_size=100, seed=7, upright=False)
     train_loader, test_loader = mnist_loaders(recipe, "cpu", ROOT / "data")
     for loader, train in ((train_loader, True), (test_loader, False)):
         theirs = torchvision.datasets.MNIST(ROOT / "data", train=train)
@@ -89,48 +92,76 @@ def test_mnist_loaders_hold_what_torchvision_reads_normalised_by_its_statistics(
     assert (round(pixels.mean().item(), 4), round(pixels.std().item(), 4)) == (MEAN, STD)
     assert (train_loader.batch_size, train_loader.seed, train_loader.augment) == (100, 7, recipe.augment)
     assert test_loader.seed is test_loader.augment is None
+    for loader, before in zip(mnist_loaders(Recipe(), "cpu", ROOT / "data"), (train_loader, test_loader), strict=True):
+        assert torch.equal(loader.images[:500], upright(before.images[:500]))
 
 
-@pytest.fixture
-def mirror(mnist, tmp_path, monkeypatch):
-    """A stand-in for torchvision's MNIST, and the folder `raw`, at first with links to the four files.
+def test_damaged_files_and_a_failing_download_say_what_to_do_and_nothing_is_deleted(tmp_path, mnist, monkeypatch):
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copytree(ROOT / "data" / "MNIST" / "raw", raw)
+    assert torch.equal(load_mnist(tmp_path)[0], mnist[0])
+    (raw / "train-images-idx3-ubyte").unlink()
+    (raw / "train-images-idx3-ubyte").symlink_to(ROOT / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte")
+    labels, timeouts = raw / "train-labels-idx1-ubyte", []
+    content = labels.read_bytes()
 
-    `found` is what lay there at each call, `content` what comes if not MNIST.
-    """
-    mirror = SimpleNamespace(raw=(raw := tmp_path / "MNIST" / "raw"), found=[], content=None)
-    raw.mkdir(parents=True)
-    for name in MNIST_SHA256:
-        (raw / name).symlink_to(ROOT / "data" / "MNIST" / "raw" / name)
+    def failed():
+        before = sorted(raw.iterdir())
+        with pytest.raises(RuntimeError) as error:
+            load_mnist(tmp_path)
+        assert str(tmp_path / "MNIST") in str(error.value) and "make data" in str(error.value)
+        assert sorted(raw.iterdir()) == before and socket.getdefaulttimeout() is None
+        return str(error.value)
 
-    def download(root, download):
-        assert root == tmp_path and download
-        mirror.found.append({path.name for path in raw.iterdir()})
-        if isinstance(mirror.content, Exception):
-            raise mirror.content
-        for name in MNIST_SHA256.keys() - mirror.found[-1]:
-            (raw / name).write_bytes(mirror.content or (ROOT / "data" / "MNIST" / "raw" / name).read_bytes())
-
-    monkeypatch.setattr(torchvision.datasets, "MNIST", download)
-    return mirror
-
-
-@pytest.mark.parametrize("how", ["truncated", "one byte changed", "missing"])
-def test_a_damaged_file_and_no_other_is_removed_before_the_download(how, tmp_path, mnist, mirror):
-    path = mirror.raw / "train-labels-idx1-ubyte"
-    content = path.read_bytes()
-    path.unlink()  # the link
-    if how != "missing":
-        path.write_bytes({"truncated": content[:5000], "one byte changed": content[:-1] + b"?"}[how])
-    assert torch.equal(load_mnist(tmp_path)[1], mnist[1])
-    assert mirror.found == [MNIST_SHA256.keys() - {path.name}]
+    labels.write_bytes(content[:-1] + b"\x07")
+    assert "a file is damaged" in failed()
+    labels.write_bytes(content[:5000])
+    failed()
+    labels.unlink()
+    gone = OSError("no route to the mirrors")
+    monkeypatch.setattr("s6.utils.MNIST", lambda *_, **__: timeouts.append(socket.getdefaulttimeout()) or throw(gone))
+    assert str(gone) in failed() and timeouts == [60], "a server that never answers is given up"
 
 
-@pytest.mark.parametrize("content", [OSError("no route to the mirrors"), b"<html>Sign in to this network</html>"])
-def test_when_the_download_fails_the_error_says_what_to_do_and_the_other_files_are_left(content, tmp_path, mirror):
-    (mirror.raw / "t10k-labels-idx1-ubyte").unlink()
-    mirror.content = content
-    with pytest.raises(RuntimeError) as error:
-        load_mnist(tmp_path)
-    for part in (*MNIST_SHA256, str(mirror.raw), "make data"):
-        assert part in str(error.value)
-    assert len([path for path in mirror.raw.iterdir() if path.is_symlink()]) == 3
+def throw(error):
+    raise error
+
+
+@pytest.mark.parametrize("images, labels, batch_size", [(3, 2, 1), (2, 3, 1), (2, 2, 0)])
+def test_a_loader_that_cannot_work_is_refused(images, labels, batch_size):
+    with pytest.raises(ValueError, match=f"{images} images, {labels} labels, batches of {batch_size}"):
+        Loader(torch.zeros(images, 1, 28, 28, dtype=torch.uint8), torch.zeros(labels).long(), batch_size)
+
+
+def slant_of(image):
+    """The angle to the vertical of the axis of inertia, in degrees, and the centre of mass, in NumPy."""
+    ink = np.asarray(image, float)
+    rows, columns = np.indices(ink.shape)
+    y, x = (rows * ink).sum() / ink.sum(), (columns * ink).sum() / ink.sum()
+    slant = (ink * (rows - y) * (columns - x)).sum() / (ink * (rows - y) ** 2).sum()
+    return np.degrees(np.arctan(slant)), (y, x)
+
+
+@pytest.mark.parametrize("angle", [-35, -20, 0, 10, 30])
+def test_a_digit_slanted_by_a_known_angle_comes_back_upright(angle):
+    ink = np.zeros((28, 28))
+    ink[5:23, 12:16] = 200  # a bar, not in the middle of the image
+    slanted = affine_transform(
+        ink, [[1, 0], [np.tan(np.radians(angle)), 1]], [0, -13.5 * np.tan(np.radians(angle))], order=1
+    )
+    assert abs(slant_of(slanted)[0] + angle) < 1
+    image = torch.from_numpy(slanted.round().astype(np.uint8)).view(1, 1, 28, 28)
+    result = upright(image)
+    assert result.dtype == torch.uint8 and abs(slant_of(result[0, 0])[0]) < 1
+    assert result.sum().item() == pytest.approx(image.sum().item(), rel=0.01)
+    assert slant_of(result[0, 0])[1] == pytest.approx(slant_of(slanted)[1], abs=0.05)
+
+
+def test_upright_agrees_with_scipy_and_leaves_an_empty_image_alone(mnist):
+    images = mnist[0][:100]
+    for image, result in zip(images[:, 0].numpy(), upright(images)[:, 0].numpy(), strict=True):
+        angle, (y, _) = slant_of(image)
+        slant = np.tan(np.radians(angle))
+        expected = affine_transform(image.astype(float), [[1, 0], [slant, 1]], [0, -slant * y], order=1)
+        assert abs(expected.round() - result).max() <= 1
+    assert not upright(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).any()

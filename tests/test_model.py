@@ -2,15 +2,16 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
 from torchsummary import summary
 
-from s6.model import Net
+from s6.model import ConvBlock, Net
 
 
-def test_summary_is_the_course_s_line_for_line_as_readme_has_it(capsys):
-    table = re.search("```\n(-{64}\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+def test_summary_is_the_course_s_line_for_line(capsys):
+    table = (ROOT / "tests" / "summary.txt").read_text(encoding="utf-8")
     assert len(table.splitlines()) == 35 and "Total params: 10,474" in table
     summary(Net(), (1, 28, 28), device="cpu")
     assert capsys.readouterr().out.startswith(table)
@@ -18,7 +19,7 @@ def test_summary_is_the_course_s_line_for_line_as_readme_has_it(capsys):
 
 def test_resolution_and_receptive_field_are_those_in_the_comments():
     """Measured, not added up: the first output of each layer, followed back to the pixels it depends on."""
-    source = (ROOT / "s6" / "model.py").read_text()
+    source = (ROOT / "s6" / "model.py").read_text(encoding="utf-8")
     claimed = [tuple(map(int, pair)) for pair in re.findall(r"# (\d+) x \1, sees (\d+)", source)]
 
     torch.manual_seed(0)
@@ -38,12 +39,35 @@ def test_resolution_and_receptive_field_are_those_in_the_comments():
     assert measured == claimed and measured[-1] == (1, 28)
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_output_is_log_probabilities(bfloat16):
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        output = Net()(torch.randn(5, 1, 28, 28))
+def test_output_is_log_probabilities():
+    output = Net()(torch.randn(5, 1, 28, 28))
     assert output.shape == (5, 10)
     torch.testing.assert_close(output.exp().sum(1), torch.ones(5))
+
+
+@pytest.mark.parametrize("activation", [F.relu, torch.tanh, nn.GELU(), nn.PReLU()])
+def test_the_activation_is_a_function_or_a_module_and_is_part_of_the_printed_form(activation):
+    torch.manual_seed(0)
+    model, images = Net(activation=activation), torch.randn(4, 1, 28, 28)
+    x = images
+    for layer in model.layers[:9]:
+        x = activation(layer[1](layer[0](x))) if isinstance(layer, ConvBlock) else layer(x)
+    torch.testing.assert_close(model.train().layers[:9](images), x)
+    assert str(model) != str(Net()) and getattr(activation, "__name__", "") in str(model)
+
+
+def test_with_a_block_taken_away_or_added_it_is_an_error_or_the_mean():
+    images, torch_layers = torch.randn(4, 1, 28, 28), Net().eval().layers
+    fewer, more = Net().eval(), Net().eval()
+    del fewer.layers[8]
+    with pytest.raises(ValueError, match="AvgPool2d"):
+        fewer(images)  # 5 x 5 places
+    more.layers = nn.Sequential(*torch_layers[:9], ConvBlock(16, 16, 3, 0.0, F.silu), *torch_layers[9:]).eval()
+    scores = more.layers[:-1](images)  # 1 x 1 place
+    torch.testing.assert_close(more(images), F.log_softmax(scores.mean((2, 3)), 1))
+    smaller = nn.Sequential(*torch_layers[:9], nn.MaxPool2d(2, 1), *torch_layers[9:]).eval()
+    more.layers = smaller  # 2 x 2 places
+    torch.testing.assert_close(more(images), F.log_softmax(smaller[:-1](images).mean((2, 3)), 1))
 
 
 def test_dropout_is_off_unless_asked_for():

@@ -2,7 +2,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 
-from s6.utils import plot_confusion, plot_curves, plot_digits, plot_mistakes
+from s6.utils import plot_curves, plot_digits, plot_mistakes
 
 LABELS = torch.tensor([3, 5, 9, 4, 9])
 PREDICTED = torch.tensor([3, 6, 4, 4, 4])
@@ -29,13 +29,8 @@ def test_mistakes_are_the_wrong_ones_the_most_confident_first():
     assert [axes.images[0].get_array().max() for axes in fig.axes if axes.images] == [2, 4, 1]
 
 
-def test_confusion_counts_the_mistakes():
-    axes = plot_confusion(OUTPUTS, LABELS).axes[0]
-    assert {(t.get_position(), t.get_text()) for t in axes.texts} == {((4, 9), "2"), ((6, 5), "1")}
-
-
 def test_a_perfect_network_has_no_mistakes_to_draw_and_pyplot_keeps_no_figure():
-    figures = plot_mistakes(IMAGES, OUTPUTS, PREDICTED), plot_confusion(OUTPUTS, PREDICTED), plot_digits(IMAGES)
+    figures = plot_mistakes(IMAGES, OUTPUTS, PREDICTED), plot_digits(IMAGES)
     for fig in figures:
         fig.canvas.draw()
         assert type(fig) is Figure and not plt.get_fignums()

@@ -14,10 +14,10 @@ from studies.common import about, append, get_device, read
 
 def test_every_part_runs_and_nothing_twice(mnist, tmp_path, monkeypatch, capsys):
     columns = about(get_device())
-    names = [*(f"A, 15,000 images, {n} workers" for n in (0, 1, 2, 4)), *speed.TURNS]
+    names = [*(f"A, 15,000 images, {n} workers" for n in speed.WORKERS), *speed.TURNS]
     turns = {(name, turn) for name in names for turn in "123" if turn == "1" or name in speed.TURNS}
-    for name, turn in sorted(turns - {("A", "3"), ("B", "3"), ("C, no channels_last", "3")}):
-        row = {"name": name, "turn": turn, "seconds": 2, "seconds of C": 1, "first step": 5, "MiB": 900}
+    for name, turn in sorted(turns - {("A", "3"), ("B", "3"), ("B, no channels_last", "3")}):
+        row = {"device": columns["device"], "name": name, "turn": turn, "seconds": 2, "seconds of C": 1}
         append(tmp_path / "speed.csv", row | columns)
     before = read(tmp_path / "speed.csv")
 
@@ -29,11 +29,11 @@ def test_every_part_runs_and_nothing_twice(mnist, tmp_path, monkeypatch, capsys)
     start("epochs")
     rows = read(tmp_path / "speed.csv")
     assert rows[:-3] == before and {(row["name"], row["turn"]) for row in rows} == turns
-    assert all(float(row[key]) > 0 for row in rows for key in ("seconds", "seconds of C", "first step", "MiB"))
+    assert all(float(row[key]) > 0 for row in rows for key in ("seconds", "seconds of C"))
     for _ in range(2):
-        start("goal", "--split", "50k/10k", "--set", "epochs=1", "--seeds", "1")
+        start("goal", "--split", "50k/10k", "--schedule", "cpu", "--set", "epochs=1", "--seeds", "1")
     [goal] = read(tmp_path / "goal.csv")
-    assert 0 < float(goal["accuracy"]) <= 100 and float(goal["loss"]) > 0 and float(goal["seconds"]) > 1
+    assert 0 < float(goal["accuracy"]) <= 100 and float(goal["loss"]) > 0 and float(goal["seconds"]) > 0
     said = start("tables")
     assert all(f"| {name} | " in said for name in names) and f"| {goal['settings']} | 50k/10k |" in said
     assert (tmp_path / "speed.png").stat().st_size > 10_000
@@ -44,7 +44,7 @@ def test_the_studies_readme_shows_the_tables_of_the_stored_rows(tmp_path, capsys
         shutil.copy(ROOT / "studies" / "results" / name, tmp_path)
     speed.tables(tmp_path)
     for table in capsys.readouterr().out.strip().split("\n\n"):
-        assert table in (ROOT / "studies" / "README.md").read_text()
+        assert table in (ROOT / "studies" / "README.md").read_text(encoding="utf-8")
 
 
 def test_muon_steps_along_orthonormal_rows_and_keeps_the_norm():
