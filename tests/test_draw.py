@@ -14,12 +14,12 @@ from s6 import utils
 from s6.draw import MEAN, STD, classify, drawing_page, plot_reading, read_picture
 from s6.model import Net
 
-PAGE = (ROOT / "docs" / "index.html").read_text()
+PAGE = (ROOT / "docs" / "index.html").read_text(encoding="utf-8")
 
 
 def network_in(page):
     """The network that a page carries, its BatchNorms without effect, for they are in the convolutions."""
-    layers = ast.literal_eval(re.search(r"LAYERS = (.*);", page)[1])
+    layers = ast.literal_eval(re.search(r"LAYERS = (.*), ACTIVATION", page)[1])
     weights = torch.frombuffer(bytearray(base64.b64decode(re.search(r'atob\("(.*?)"\)', page)[1])), dtype=torch.float32)
     net = Net()
     convolutions = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
@@ -57,7 +57,8 @@ def test_mnist_s_digits_on_paper_are_read(network):
     images, labels = utils.load_mnist(ROOT / "data", train=False)
     images, labels = images[:1000, 0].numpy(), labels[:1000]
     generator = np.random.default_rng(0)
-    read = np.stack([read_picture(on_paper(image, generator)) for image in images])
+    read = torch.tensor(np.stack([read_picture(on_paper(image, generator)) for image in images]))
+    read = utils.upright(read.unsqueeze(1))[:, 0]
     right = (classify(network, read)[0] == labels).float().mean().item()
     assert right >= 0.99, f"{right:.1%}"
 
@@ -148,8 +149,16 @@ def test_the_page_carries_the_network_batch_normalisation_folded(batches):
     assert torch.allclose(network_in(drawing_page(net))(images), net.eval()(images), atol=1e-5)
 
 
+def test_the_page_has_the_network_s_activation_or_is_refused():
+    assert 'ACTIVATION = "silu"' in drawing_page(Net())
+    for relu in (torch.nn.functional.relu, torch.nn.ReLU()):
+        assert 'ACTIVATION = "relu"' in drawing_page(Net(activation=relu))
+    with pytest.raises(ValueError, match="SiLU or ReLU, not gelu"):
+        drawing_page(Net(activation=torch.nn.functional.gelu))
+
+
 def test_the_stored_page_is_the_template_with_a_network_above_the_goal(network):
     template, stored = (re.sub(r'atob\(".*?"\)', "", page) for page in (drawing_page(network), PAGE))
     assert template == stored
     images, labels = utils.load_mnist(ROOT / "data", train=False)
-    assert (classify(network, images[:, 0])[0] == labels).sum() > 9940
+    assert (classify(network, utils.upright(images)[:, 0])[0] == labels).sum() > 9940
