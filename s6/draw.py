@@ -100,8 +100,8 @@ def plot_reading(picture, image, probabilities):
 def drawing_page(model):
     """Return draw.html with the weights of `model`, a `Net` or its moving average.
 
-    The page knows the layers of `Net` with any number of channels. Raises ValueError if the
-    activation is neither SiLU nor ReLU.
+    The page makes each digit upright, as the recipe does. It knows the kinds of layers of `Net`,
+    with any number of channels, and the activations SiLU and ReLU. Raises ValueError for others.
     """
     activations, shapes, weights = set(), [], []
     for layer in getattr(model, "module", model).eval().layers[:-1]:  # the page averages by itself
@@ -109,6 +109,11 @@ def drawing_page(model):
             activation = layer.activation
             activations.add(getattr(activation, "__name__", type(activation).__name__).lower())
             layer = fuse_conv_bn_eval(layer[0], layer[1])
+        if getattr(layer, "padding", None) not in (
+            0,
+            (0, 0),
+        ):  # neither convolution nor pooling has it
+            raise ValueError(f"the drawing page does not know this layer: {layer}")
         is_convolution = isinstance(layer, nn.Conv2d)
         shapes.append(list(layer.weight.shape)[:3] if is_convolution else layer.kernel_size)
         weights += [p.detach().flatten().cpu() for p in layer.parameters()]

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 class ConvBlock(nn.Sequential):
     """Convolution, BatchNorm, activation, dropout: (B, in, H, W) to (B, out, H - k + 1, W - k + 1).
 
-    BatchNorm comes before the activation, as in Ioffe and Szegedy, 2015. torchsummary lists every
-    module except Sequentials. So this block is a Sequential and its activation usually a function:
-    the printed table is then the course's.
+    BatchNorm comes before the activation, as in Ioffe and Szegedy, 2015. torchsummary lists neither
+    Sequentials nor functions. So its table for this network equals the course's.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout, activation):
@@ -20,7 +19,7 @@ class ConvBlock(nn.Sequential):
         )
         self.activation = activation
 
-    def extra_repr(self):
+    def extra_repr(self):  # the printed form tells one network's checkpoint from another's
         return f"activation={getattr(self.activation, '__name__', self.activation)}"
 
     def forward(self, x):
@@ -31,9 +30,9 @@ class ConvBlock(nn.Sequential):
 class Net(nn.Module):
     """Classify 28 x 28 digits: (B, 1, 28, 28) normalised images to (B, 10) log-probabilities.
 
-    The layers are the course's, with the same parameters. The course applies a ReLU before each
-    BatchNorm, and another one to the class scores. Here the activation comes after BatchNorm, which
-    removes the effect of the bias before it. The biases stay, for the same parameter count.
+    The layers are the course's, with the same number of parameters. The course applies a ReLU
+    before each BatchNorm, and another one to the class scores. Here BatchNorm cancels the bias of
+    the convolution before it. The biases stay, so that the number of parameters is the course's.
 
     Args:
         dropout: probability of zeroing an activation. With augmentation none is needed.
@@ -60,6 +59,7 @@ class Net(nn.Module):
             block(16, 16),  # 5 x 5, sees 20
             block(16, 16),  # 3 x 3, sees 24
             nn.Conv2d(16, 10, 1),  # 3 x 3, sees 24: a score for each class at each of nine places
+            # ceil_mode: if a block is added, this is the mean of the places that are left.
             nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28, all: the mean of the nine scores
         )
 

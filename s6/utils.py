@@ -63,12 +63,13 @@ class Recipe:
         kernels = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim <= 1]  # biases and BatchNorm
         groups = [{"params": kernels, "weight_decay": self.weight_decay}, {"params": others}]
-        return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=True, fused=True)
+        nesterov = self.momentum > 0  # torch accepts no Nesterov without momentum
+        return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=nesterov, fused=True)
 
     def scheduler(self, optimizer, steps_per_epoch):
         """Return the schedule, to step once a batch: one straight line up, another to zero."""
         steps = self.epochs * steps_per_epoch
-        knots = [-1, self.warmup * steps, steps]
+        knots = [-1, self.warmup * steps, steps]  # from -1, so that the first rate is not zero
         return LambdaLR(optimizer, lambda step: float(np.interp(step, knots, [0, 1, 0])))
 
     def averaged(self, model):
@@ -85,8 +86,8 @@ def floats(model):
 class MovingAverage(AveragedModel):
     """Exponential moving average of weights and BatchNorm statistics, itself a model.
 
-    It is steadier than the weights: test this, and keep this. Its update launches one operation;
-    the update of its base class launches some seventy, and makes a GPU wait.
+    It is steadier than the weights: test this, and keep this. The update of the base class needs
+    about seventy operations and waits for the GPU. This one needs one, and does not wait.
     """
 
     def __init__(self, model, decay):
@@ -96,8 +97,8 @@ class MovingAverage(AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model):
         """Move towards the weights of `model`: call it once a batch."""
-        # Early on, a constant decay would still remember the untrained weights. So the average
-        # covers about a ninth of the steps so far, and at most 1 / (1 - decay) steps.
+        # At first, average over few steps, to forget the untrained weights: over a ninth of all
+        # so far. Later, average over 1 / (1 - decay) steps.
         share = max(1 - self.decay, 9 / (10 + int(self.n_averaged)))
         torch._foreach_lerp_(floats(self.module), floats(model), share)
         self.n_averaged += 1
@@ -128,8 +129,8 @@ def load_mnist(root="data", train=True):
             raise ValueError("a file is damaged")
     except Exception as error:  # of many kinds: no network, half a file, a read-only folder
         raise RuntimeError(
-            f"MNIST could not be loaded: {error}. Delete the folder {root / 'MNIST'}, then try "
-            "again. In a clone, `make data` does both, and knows one more source."
+            f"MNIST could not be loaded: {error}. Delete the folder {root / 'MNIST'} and try "
+            "again. In a clone of the project, run `make data` instead."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -146,7 +147,8 @@ def affine(images, degrees, translate, scale, shear):
         scale: (B,), factor. shear: (B,), degrees to the left.
     """
     cos, sin, tan = degrees.deg2rad().cos(), degrees.deg2rad().sin(), shear.deg2rad().tan()
-    # grid_sample asks where each output pixel comes from, so this is the inverse map.
+    # grid_sample asks where each output pixel comes from. So this is the inverse map: first undo
+    # the rotation, [[cos, -sin], [sin, cos]], then the shear, [[1, -tan], [0, 1]], then the zoom.
     inverse = torch.stack([cos - tan * sin, -sin - tan * cos, sin, cos], 1).view(-1, 2, 2)
     inverse = inverse / scale.view(-1, 1, 1)
     shift = inverse @ translate.unsqueeze(2) * (-2 / images.shape[-1])  # a side is 2 units long
@@ -159,22 +161,23 @@ def upright(images):
 
     The centre of mass stays where it is. LeCun et al., 1998, call this deslanting.
     """
-    ink, places = images.flatten(1, 2).float(), torch.arange(28.0, device=images.device)
+    ink, places = images[:, 0].float(), torch.arange(28.0, device=images.device)
     mass = ink.sum((1, 2)).clamp(min=1)  # an image without ink stays as it is
     centre = (ink.sum(2) * places).sum(1) / mass
     y = places - centre.view(-1, 1)
     x = places - ((ink.sum(1) * places).sum(1) / mass).view(-1, 1)
-    slant = torch.einsum("nyx,ny,nx->n", ink, y, x) / (ink.sum(2) * y**2).sum(1).clamp(min=1)
-    zero = torch.zeros_like(slant)
+    covariance, variance = torch.einsum("nyx,ny,nx->n", ink, y, x), (ink.sum(2) * y**2).sum(1)
+    slant = covariance / variance.clamp(min=1)
+    zero, one = torch.zeros_like(slant), torch.ones_like(slant)
     shift = torch.stack([slant * (centre - 13.5), zero], 1)  # `affine` slants about the middle
-    return affine(images.float(), zero, shift, zero + 1, -slant.atan().rad2deg()).round().byte()
+    return affine(images.float(), zero, shift, one, -slant.atan().rad2deg()).round().byte()
 
 
 class Loader:
     """Batches of normalised images, made from uint8 images that stay on the device.
 
-    With a seed, each epoch has an order and draws of its own, from (seed, epoch). Without a seed,
-    the order is that of the images.
+    With a seed, each epoch has its own order and its own augmentation, set by seed and epoch.
+    Without a seed, the order is that of the images.
 
     Args:
         images, labels: (N, 1, 28, 28) uint8 and (N,) int64, both on the same device.
@@ -199,7 +202,7 @@ class Loader:
             order = torch.randperm(count, generator=generator, device=device)
             draws = torch.rand(count, 5, generator=generator, device=device) * 2 - 1
         self.epoch += 1
-        # A thousand images at a time: a GPU waits for operations, not for images.
+        # Augment 1,000 images at once: on a GPU a few large operations are faster than many small.
         batches_at_once = math.ceil(1000 / self.batch_size)
         for chunk in order.split(batches_at_once * self.batch_size):
             images = self.images[chunk].float()
@@ -214,7 +217,9 @@ def mnist_loaders(recipe, device, root="data"):
 
     def images_and_labels(train):
         images, labels = (part.to(device) for part in load_mnist(root, train))
-        return upright(images) if recipe.upright else images, labels
+        if recipe.upright:
+            images = upright(images)
+        return images, labels
 
     train_loader = Loader(*images_and_labels(True), recipe.batch_size, recipe.seed, recipe.augment)
     return train_loader, Loader(*images_and_labels(False), batch_size=1000)
@@ -239,9 +244,10 @@ def train(
         scheduler, averaged: from `Recipe`; stepped and updated once a batch.
         show_bar: whether to show a progress bar.
 
-    On an NVIDIA GPU, the Python code of network and criterion runs only for the first two batches;
-    `graphed` says why. Raises FloatingPointError if the loss is not finite, and ValueError if the
-    loader is empty.
+    On an NVIDIA GPU, the Python code of network and criterion runs for the first two batches only:
+    see `graphed`. It may not read a value from a tensor, with `.item()` or `if`.
+
+    Raises FloatingPointError if the loss is not finite, and ValueError if the loader is empty.
     """
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
@@ -256,7 +262,8 @@ def train(
         correct = (outputs.argmax(1) == labels).sum()
         sums.add_(torch.stack([loss.detach() * len(labels), correct]))
 
-    if torch.device(device).type == "cuda":
+    device = torch.device(device)
+    if device.type == "cuda" and device.index in (None, torch.cuda.current_device()):
         gradients = graphed(gradients)
     batches = train_loader
     if show_bar:  # on stdout: Jupyter shows stderr in red
@@ -283,25 +290,26 @@ def train(
 
 
 def graphed(step):
-    """Return `step`, a function of tensors, for an NVIDIA GPU: replayed as one CUDA graph.
+    """Return a faster `step`, a function of tensors, for the current NVIDIA GPU: as a CUDA graph.
 
-    Launching many small kernels takes longer than computing them; a graph launches all at once.
-    The first call runs `step` itself. So does a call with tensors of another shape. Python inside
-    `step` does not run again when the graph is replayed.
+    Python takes longer to launch many small operations than the GPU to compute them. A graph
+    launches all at once. It repeats the operations of `step`, on the same memory; the Python code
+    in `step` does not run again.
     """
-    graph, inputs = None, []
+    graph, inputs = None, []  # what was recorded, and the memory that it reads
 
     def replay(*tensors):
         nonlocal graph, inputs
-        if [t.shape for t in tensors] != [t.shape for t in inputs]:
+        if [t.shape for t in tensors] != [t.shape for t in inputs]:  # first call, or a new shape
             graph, inputs = None, [t.clone() for t in tensors]
             return step(*tensors)
-        if graph is None:
+        if graph is None:  # second call: record, without computing
             graph = torch.cuda.CUDAGraph()
-            # The thread of a DataLoader with pin_memory may use the GPU meanwhile.
+            # "thread_local" lets the thread of a DataLoader with pin_memory work meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 step(*inputs)
-        torch._foreach_copy_(inputs, tensors)
+        for memory, tensor in zip(inputs, tensors, strict=True):
+            memory.copy_(tensor)
         graph.replay()
 
     return replay
@@ -330,14 +338,18 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
 
 
 def fit(recipe, model, device, train_loader, criterion=F.nll_loss, bar=None):
-    """Train `model` by the recipe, and return its moving average. `bar` advances once an epoch."""
+    """Train `model` by the recipe with a `Loader`, and return the moving average of its weights.
+
+    With `bar`, a tqdm bar, no other bar is shown; it advances once an epoch.
+    """
     train_loader.epoch = 1  # the same seed sees the same images in the same order
     optimizer = recipe.optimizer(model)
     scheduler = recipe.scheduler(optimizer, len(train_loader))
     averaged = recipe.averaged(model)
     extras = {"scheduler": scheduler, "averaged": averaged, "show_bar": bar is None}
+    losses, accuracies = [], []  # the bar counts them
     for _ in range(recipe.epochs):
-        train(model, device, train_loader, optimizer, criterion, **extras)
+        train(model, device, train_loader, optimizer, criterion, losses, accuracies, **extras)
         if bar is not None:
             bar.update()
     return averaged
@@ -347,14 +359,16 @@ def fit(recipe, model, device, train_loader, criterion=F.nll_loss, bar=None):
 
 
 def save(content, path):
-    """Write `content` with torch.save, whole or not at all; a warning if that fails."""
+    """Write `content` with torch.save, whole or not at all. Warn if that fails; return success."""
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, partial)
         partial.replace(path)
+        return True
     except (OSError, RuntimeError) as error:  # torch raises the second if the folder is gone
         warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
+        return False
 
 
 def save_checkpoint(path, recipe, histories, **parts):
@@ -378,7 +392,10 @@ def load_checkpoint(path, recipe, histories, **parts):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["made by"] != f"{recipe} {parts['model']}":
             raise ValueError("it belongs to another recipe or network")
-    except OSError:
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        warnings.warn(f"{path} could not be read: {error}", stacklevel=2)
         return 0
     except Exception as error:  # of many kinds: the file may be anything
         path.replace(path.with_suffix(".old"))
@@ -393,7 +410,7 @@ def load_checkpoint(path, recipe, histories, **parts):
 
 
 # ------------------------------------------------------------------------------------------- plots
-# Each returns a matplotlib Figure, closed for pyplot: as the last line of a cell it shows once.
+# Each returns a matplotlib Figure and closes it, so that Jupyter shows it only once.
 
 
 def plot_curves(train_losses, train_acc, test_losses, test_acc):

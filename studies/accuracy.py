@@ -7,8 +7,9 @@
     .venv/bin/python studies/accuracy.py next --seeds 10      # the next assignment: 8,000 parameters, 15 epochs
     .venv/bin/python studies/accuracy.py choosing --seeds 3   # on 50k/10k
 
-A trial trains one variant from one seed, and becomes a row of results/accuracy.csv when it ends. A trial that has its
-row from a CPU, or from a GPU, is not run there again. `--workers` says how many trials run at once, each on one thread.
+A trial trains one variant from one seed, and becomes a row of results/accuracy.csv when it ends. A trial with a row
+from the same kind of device, CPU or GPU, is skipped. `--workers` says how many trials run at once, each on one thread.
+`ablation-before` and `widths-before` are about the recipe one step below ours; the notebook shows those.
 All multiply in float32 (a GPU's convolutions in TF32). Network, recipe, data and loop are the notebook's.
 
 Splits: `50k/10k` trains on the first 50,000 training images and reads the last 10,000; everything was chosen there.
@@ -48,8 +49,8 @@ LADDER = {  # from the course's recipe to ours, one step at a time
     "no dropout": {"net": "course", **SGD, **STEADY, **AS_THEY_COME},
     "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU", **SGD, **STEADY, **AS_THEY_COME},
     "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **STEADY, **AS_THEY_COME},
-    # Three steps follow: batches of 250, SiLU and the moving average. The average has no part in the training. So the
-    # raw accuracies of the next two variants are those of trainings without it.
+    # Three steps follow: batches of 250, SiLU and the moving average. The average does not change the training. So the
+    # raw accuracies of the next two variants are the results without it.
     "ReLU for SiLU, digits as they come": {"net": "ReLU", **AS_THEY_COME},
     "digits as they come": AS_THEY_COME,
     "ours": {},
@@ -241,6 +242,8 @@ def main():
     for name in options.only or []:
         if name not in STUDIES[options.study][1]:
             parser.error(f"no variant {name!r} in {options.study}; there are: {'; '.join(STUDIES[options.study][1])}")
+    if options.images and options.results.resolve() == RESULTS / "accuracy.csv":
+        parser.error("so few images are no result: name other --results")
     more = {"images": options.images} if options.images else {}
     seeds = range(options.first_seed, options.seeds + 1)
     jobs = missing(options.study, seeds, read(options.results), options.only, **more)

@@ -10,10 +10,10 @@
   levers: B with one thing changed.
 - C is B's forward, backward and step on one batch that stays, each operation launched by itself.
 
-A minute of a shared machine may be half as fast as the next. So each of them trains in turn with C: half a piece of an
-epoch of C, a piece of its own, the other half of C. An epoch has ten pieces. A's has one: its workers would load on
-meanwhile. What counts is how many times C's seconds it took. All take three turns, and each turn is a row in speed.csv;
-each training is a row in goal.csv. What has its row from this device is not run again.
+A shared machine changes its speed. So each of them runs in turn with C, and its time is divided by C's: half a piece of
+C, a piece of its own, the other half of C. On a CPU an epoch has ten pieces. A has one, because its workers do not
+pause. On a GPU all have one, because each call of `train` records its graph anew. Each of three turns is a row in
+speed.csv, each training a row in goal.csv. A row that is there from the same device is not measured again.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from studies.common import RESULTS, about, append, course_loader, get_device, lo
 A, B = {"way": "A", "batch_size": 512, "dropout": 0.005}, {"way": "B"}
 ON_CPU = get_device().type == "cpu"
 LEVERS = ["no channels_last", "dropout 0.005", "torch's moving average", "SGD not fused"]
-LEVERS += [] if ON_CPU else ["no CUDA graph", "no TF32"]
+LEVERS += [] if ON_CPU else ["no CUDA graph"]
 WORKERS = (0, 1, 2, 4) if ON_CPU else (0, 1, 2, 4, 8)  # of A
 TURNS = {"A": A, "A, no dropout": A | {"dropout": 0.0}, "B": B}  # arguments of `measure`
 TURNS |= {f"B, {n:,} images": B | {"share": n / 60_000} for n in (15_000, 30_000)}
@@ -66,8 +66,6 @@ def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, 
     elif lever == "SGD not fused":
         for group in optimizer.param_groups:
             group.update(fused=False, foreach=not ON_CPU)
-    elif lever == "no TF32":
-        torch.backends.cudnn.allow_tf32 = False  # the process is this lever's own
 
     def steps(batches):
         if way == "B":
@@ -97,7 +95,8 @@ def measure(way, images, workers, share=1.0, **setting):
     steps(islice(batches, 1 + len(batches) // 10))  # to warm up
     floor_steps(floor[: 1 + len(floor) // 10])
     seconds = [0.0, 0.0]  # of C, and its own
-    pieces, epoch = (1, None) if way == "A" else (min(10, len(batches)), iter(batches))  # A's workers would load on
+    whole = way == "A" or not ON_CPU
+    pieces, epoch = (1, None) if whole else (min(10, len(batches)), iter(batches))
     half = floor[: max(1, len(floor) // pieces // 2)]
     for i in range(pieces):
         count = len(batches) * (i + 1) // pieces - len(batches) * i // pieces

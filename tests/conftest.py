@@ -1,4 +1,3 @@
-import contextlib
 import os
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def run_training_cell(names):
     """Run the cell of S6.ipynb that trains, over `names` and those of utils.py; what it leaves is in `names`, too."""
     notebook = nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4)
     [cell] = [c for c in notebook.cells if "load_checkpoint(" in c.source]
-    settings = {"torch": torch, "contextlib": contextlib, "device": torch.device("cpu"), "layout": torch.channels_last}
+    settings = {"torch": torch, "device": torch.device("cpu"), "layout": torch.channels_last}
     names |= vars(utils) | settings | names
     exec(cell.source, names)
 

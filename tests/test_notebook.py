@@ -156,7 +156,7 @@ def test_from_a_checkout_images_and_checkpoints_lie_in_its_root(place):
 
 
 def test_flat_in_a_folder_to_the_verdict(place):
-    """With a thousand images and one epoch: too little for the goal. Without draw.py, a sentence says what is missing."""
+    """With too few images and epochs for the goal. Without draw.py, a sentence says what is missing."""
     cells, error = run(copy_modules(place), *shortened())
     assert trained(cells) and text_of(cells[MODULES_CELL]) == "The modules are in the folder .\n"
     assert "upload draw.py and draw.html beside model.py" in text_of(cells[HANDWRITING])
@@ -188,7 +188,8 @@ def test_the_modules_of_another_project_are_named(tmp_path):
 def test_handwriting_is_read(place):
     """With an untrained network, and a picture that the setting names."""
     Image.new("L", (400, 300), "white").save(place / "digit.png")
-    ready = f"{SOURCES[MODULES_CELL]}\nimport torch\nfrom model import Net\nfrom utils import upright\naveraged = Net()"
+    names = "import torch\nfrom model import Net\nfrom utils import Recipe, upright\naveraged, recipe = Net(), Recipe()"
+    ready = f"{SOURCES[MODULES_CELL]}\n{names}"
     copy_modules(place)
     for name in ("draw.py", "draw.html"):
         shutil.copy(ROOT / "s6" / name, place)
