@@ -429,7 +429,8 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc):
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     plt.close(fig)
     return fig
 

@@ -214,7 +214,7 @@ def tables(folder):
                 axes.barh(name, times, xerr=[[times - ratio[0]], [ratio[-1] - times]], color=f"C{'AB'.index(name[0])}")
         axes.axvline(1, color="black", linestyle="--")
         axes.set(title=f"A: the ordinary way, B: ours. {device}", ylim=axes.get_ylim()[::-1])
-        axes.set_xlabel("time of an epoch beside C's: median, lowest, highest of three")
+        axes.set_xlabel("time of an epoch beside C's: median, lowest, highest")
         if mid.keys() >= {"A", "A, no dropout", "B", "B, batches of 512"}:  # else not all has been measured yet
             print(f"\n| | measured |\n|---|---|\n| B / A | 1 / {mid['A'] / mid['B']:.1f} |")
             print(f"| B / A without A's dropout | 1 / {mid['A, no dropout'] / mid['B']:.1f} |")
