@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PYTHON313 ?= python3.13
 BIN := .venv/bin
+unexport JUPYTER_PATH  # the kernel is that of .venv, whatever other kernels there are
+export JUPYTER_PREFER_ENV_PATH := 1
 NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
 EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
 COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # of each progress bar keep its last state

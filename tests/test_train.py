@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_images
+from conftest import ROOT, random_images, run_training_cell
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -278,3 +278,25 @@ def test_a_graph_bears_a_loader_that_pins_memory(monkeypatch):
     loader = torch.utils.data.DataLoader(dataset, 20, num_workers=2, pin_memory=True)
     losses, _ = trained(loader, monkeypatch, model=Net(dropout=0.1))
     assert losses[1] < losses[0] < 4
+
+
+def losses_of_the_training_cell(device, folder):
+    """Of S6.ipynb, on images whose last batch is smaller than the others, and which both devices see alike."""
+    loader = Loader(*(part.to(device) for part in random_images(203)), batch_size=50)
+    names = {"recipe": Recipe(epochs=3, batch_size=50, lr=0.02), "folder": folder, "Net": Net, "F": F}
+    names |= {"device": torch.device(device), "mnist_loaders": lambda *_: (loader, loader)}
+    run_training_cell(names)
+    return names["train_losses"] + names["test_losses"]
+
+
+def test_the_notebook_s_training_cell_leaves_the_weights(tmp_path):
+    assert len(losses_of_the_training_cell("cpu", tmp_path)) == 6
+    Net().load_state_dict(torch.load(tmp_path / "checkpoints" / "S6.pt", weights_only=True))
+
+
+@needs_a_gpu
+def test_the_notebook_s_training_cell_trains_on_a_gpu_as_on_a_cpu(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
+    cpu, gpu = (losses_of_the_training_cell(device, tmp_path / device) for device in ("cpu", "cuda"))
+    assert gpu == pytest.approx(cpu, rel=1e-3)
+    assert not recwarn.list, [str(warning.message) for warning in recwarn]
