@@ -49,7 +49,7 @@ test-colab: data
 # The page to draw on, docs/index.html, with the weights of the newest training.
 draw: .venv/installed
 	$(BIN)/python -c "import torch; from s6.draw import drawing_page; from s6.model import Net; net = Net(); \
-		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); open('docs/index.html', 'w').write(drawing_page(net))"
+		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); open('docs/index.html', 'w', encoding='utf-8').write(drawing_page(net))"
 
 # For maintainers: the outputs that the repository shows, of S6.ipynb with the curves that README shows, ...
 stored: data
