@@ -6,8 +6,8 @@
 
 - A, the ordinary way, is the course's: images through PIL one by one, a DataLoader at its best number of workers, plain
   SGD, two numbers read from the device in each step. Then without its dropout.
-- B, ours, trains as the notebook does. Then with fewer images and in other batches, to see how it grows; then the
-  levers: B with one thing changed.
+- B, ours, trains as the notebook does, but on a CPU in channels_last, too. Then with fewer images and in other batches,
+  to see how it grows. Then the levers: B with one thing changed.
 - C is B's forward, backward and step on one batch that stays, each operation launched by itself.
 
 A shared machine changes its speed. So each of them runs in turn with C, and its time is divided by C's: half a piece of
