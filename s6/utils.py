@@ -212,17 +212,21 @@ class Loader:
             yield from zip(batches, self.labels[chunk].split(self.batch_size), strict=True)
 
 
-def mnist_loaders(recipe, device, root="data"):
-    """Return `(train_loader, test_loader)`, both with their images on `device` (55 MB in all)."""
-
-    def images_and_labels(train):
-        images, labels = (part.to(device) for part in load_mnist(root, train))
+def make_loaders(recipe, device, train_set, test_set):
+    """Return `(train_loader, test_loader)` of two sets, (images, labels) each, on `device`."""
+    on_device = []
+    for images, labels in (train_set, test_set):
+        images, labels = images.to(device), labels.to(device)
         if recipe.upright:
             images = upright(images)
-        return images, labels
+        on_device.append((images, labels))
+    train_loader = Loader(*on_device[0], recipe.batch_size, recipe.seed, recipe.augment)
+    return train_loader, Loader(*on_device[1], batch_size=1000)
 
-    train_loader = Loader(*images_and_labels(True), recipe.batch_size, recipe.seed, recipe.augment)
-    return train_loader, Loader(*images_and_labels(False), batch_size=1000)
+
+def mnist_loaders(recipe, device, root="data"):
+    """Return `(train_loader, test_loader)` of MNIST, on `device` (55 MB in all)."""
+    return make_loaders(recipe, device, load_mnist(root), load_mnist(root, train=False))
 
 
 # -------------------------------------------------------------------------------------------- loop

@@ -144,7 +144,8 @@ def build(net="ours", width=1, dropout=0.0):
 
 def rate(schedule, step, steps_per_epoch):
     """Return the learning rate of a step as a share of its peak."""
-    return 0.1 if schedule == "a tenth after epoch 15" and step // steps_per_epoch >= 15 else 1.0
+    tenth = 0.1 if step // steps_per_epoch >= 15 else 1.0
+    return {"constant": 1.0, "a tenth after epoch 15": tenth}[schedule]
 
 
 def trial(

@@ -76,10 +76,8 @@ def loaders(recipe, device, split, images=None):
     train_set, test_set = utils.load_mnist(DATA), utils.load_mnist(DATA, train=False)
     if split == "50k/10k":
         train_set, test_set = [part[:50_000] for part in train_set], [part[50_000:] for part in train_set]
-    (digits, labels), test_set = ([part[:images].to(device) for part in both] for both in (train_set, test_set))
-    if recipe.upright:
-        digits, test_set[0] = utils.upright(digits), utils.upright(test_set[0])
-    return utils.Loader(digits, labels, recipe.batch_size, recipe.seed, recipe.augment), utils.Loader(*test_set, 1000)
+    few = ([part[:images] for part in both] for both in (train_set, test_set))
+    return utils.make_loaders(recipe, device, *few)
 
 
 def course_loader(images, batch_size, workers=0, data=DATA):
