@@ -93,26 +93,41 @@ def plot_reading(picture, image, probabilities):
     return fig
 
 
-def drawing_page(model):
-    """Return draw.html with the weights of `model`, a `Net` or its moving average.
+def page_weights(model):
+    """Return the JavaScript of docs/weights.js for `model`, a `Net` or its moving average.
 
-    The page makes each digit upright, as the recipe does. It knows the kinds of layers of `Net`,
-    with any number of channels, and the activations SiLU and ReLU. Raises ValueError for others.
+    The page knows the kinds of layers of `Net`, with any number of channels, and the activations
+    SiLU and ReLU. Raises ValueError for others.
     """
-    activations, shapes, weights = set(), [], []
+    activations, layers, weights = set(), [], []
     for layer in getattr(model, "module", model).eval().layers[:-1]:  # the page averages by itself
         if isinstance(layer, nn.Sequential):
             activation = layer.activation
             activations.add(getattr(activation, "__name__", type(activation).__name__).lower())
             layer = fuse_conv_bn_eval(layer[0], layer[1])
-        # Of the layers that it knows, a pooling has the padding 0, a convolution (0, 0).
+        # Of the layers that the page knows, a pooling has the padding 0, a convolution (0, 0).
         if getattr(layer, "padding", None) not in (0, (0, 0)):
             raise ValueError(f"the drawing page does not know this layer: {layer}")
         is_convolution = isinstance(layer, nn.Conv2d)
-        shapes.append(list(layer.weight.shape)[:3] if is_convolution else layer.kernel_size)
+        layers.append(list(layer.weight.shape)[:3] if is_convolution else layer.kernel_size)
         weights += [p.detach().flatten().cpu() for p in layer.parameters()]
     if activations not in ({"silu"}, {"relu"}):
         raise ValueError(f"the drawing page knows SiLU or ReLU, not {', '.join(activations)}")
-    page = Path(__file__).with_name("draw.html").read_text(encoding="utf-8")
-    page = page.replace("__LAYERS__", str(shapes)).replace("__ACTIVATION__", *activations)
-    return page.replace("__WEIGHTS__", base64.b64encode(torch.cat(weights).numpy()).decode())
+    text = base64.b64encode(torch.cat(weights).numpy()).decode()
+    constants = f'LAYERS = {layers}, ACTIVATION = "{activations.pop()}", WEIGHTS = "{text}"'
+    return f"// Written by `make draw`. BatchNorm is in the convolutions.\nconst {constants};\n"
+
+
+def drawing_page(model):
+    """Return docs/index.html with the weights of `model` inside, in one piece for a notebook.
+
+    Raises FileNotFoundError if the page is neither beside draw.py nor in ../docs.
+    """
+    here = Path(__file__).parent
+    places = [folder / "index.html" for folder in (here, here.parent / "docs")]
+    pages = [path.read_text(encoding="utf-8") for path in places if path.is_file()]
+    if not pages:
+        raise FileNotFoundError("docs/index.html is missing: upload it beside draw.py")
+    return pages[0].replace(
+        '<script src="weights.js"></script>', f"<script>\n{page_weights(model)}</script>"
+    )

@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from test_draw import PAGE, network_in
+from test_draw import WEIGHTS, network_in
 
-from s6.draw import classify, read_picture
+from s6.draw import classify, drawing_page, read_picture
 from s6.utils import load_mnist, upright
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -34,6 +34,7 @@ DIGITS = {
     ],
     9: [[(72, 20), (54, 5), (33, 12), (25, 32), (36, 47), (56, 45), (72, 28), (74, 14), (72, 44), (66, 72), (57, 97)]],
 }
+PAGE = (ROOT / "docs" / "index.html").as_uri()
 DESK, PHONE = {"width": 720, "height": 430}, {"width": 360, "height": 640}
 
 
@@ -81,9 +82,9 @@ def hand(request, browser):
     context = browser.new_context(viewport=PHONE if touch else DESK, has_touch=touch, color_scheme=scheme)
     page, requests = context.new_page(), []
     page.on("request", lambda request: requests.append(request.url))
-    page.goto((ROOT / "docs" / "index.html").as_uri())
+    page.goto(PAGE)
     yield Hand(page, page.main_frame, touch)
-    assert len(requests) == 1, "nothing but the page itself is fetched"
+    assert requests == [PAGE, PAGE.replace("index.html", "weights.js")], "nothing leaves the page"
     width, height = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
     assert width <= page.viewport_size["width"] and height <= page.viewport_size["height"], "it fits on the screen"
     page.screenshot(path=ROOT / "build" / f"draw-{request.param}.png")
@@ -130,10 +131,10 @@ def test_undo_and_clear_down_to_the_empty_paper(hand):
 
 def test_its_forward_pass_is_torch_s(browser):
     page = browser.new_page()
-    page.set_content(PAGE)
+    page.goto(PAGE)
     images, labels = load_mnist(ROOT / "data", train=False)
     images = upright(images)
-    expected, wanted = classify(network_in(PAGE), images[:, 0])
+    expected, wanted = classify(network_in(WEIGHTS), images[:, 0])
     run = """text => {
         const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0)), start = performance.now(), all = [];
         for (let i = 0; i < bytes.length; i += 784) all.push(classify(bytes.subarray(i, i + 784)));
@@ -149,7 +150,8 @@ def test_its_forward_pass_is_torch_s(browser):
 def test_in_the_frames_of_a_notebook_s_output(browser):
     """Colab shows a cell's output in a sandboxed frame; the notebook puts the page into one of its own."""
     page = browser.new_page(viewport={"width": 1000, "height": 700})
-    output = f'<div><iframe srcdoc="{html.escape(PAGE)}" width="100%" height="480" frameborder="0"></iframe></div>'
+    drawing = html.escape(drawing_page(network_in(WEIGHTS)))
+    output = f'<div><iframe srcdoc="{drawing}" width="100%" height="480" frameborder="0"></iframe></div>'
     outer = f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(output)}" width="900" height="600"></iframe>'
     page.set_content(outer)
     frame = page.frame_locator("iframe").frame_locator("iframe")
