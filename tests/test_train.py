@@ -143,7 +143,7 @@ def test_the_moving_average_is_the_recurrence_and_the_schedule_is_stepped_once_a
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operations that compute something: neither views, nor the marks of the profiler."""
+    """Count the operations that compute something, not the views nor the marks of the profiler."""
 
     NOT = {"view", "detach", "t", "expand", "slice", "select", "split", "unsqueeze", "as_strided", "alias"}
 
@@ -196,28 +196,19 @@ def test_a_recipe_without_epochs_or_images_is_refused(wrong):
         Recipe(**wrong)
 
 
-@pytest.mark.parametrize(
-    ("broken", "said"),
-    [
-        (lambda images, labels: [(images * float("nan"), labels)], "training loss is nan"),
-        (lambda images, labels: iter(()), "loader is empty"),
-        (lambda images, labels: [(images, labels + 10 - labels.max())], "Target 10 is out of bounds"),  # torch's own
-    ],
-)
-def test_what_cannot_be_learnt_is_named_and_the_histories_stay(broken, said, batches):
+def test_a_loss_that_is_not_finite_is_an_error_and_the_histories_stay(batches):
     model, histories = Net(), ([1.0], [2.0])
-    with pytest.raises((ValueError, FloatingPointError, IndexError), match=said):
-        train(model, "cpu", broken(*next(iter(batches))), sgd(model), F.nll_loss, *histories)
+    broken = [(images * float("nan"), labels) for images, labels in batches]
+    with pytest.raises(FloatingPointError, match="training loss is nan"):
+        train(model, "cpu", broken, sgd(model), F.nll_loss, *histories)
     assert histories == ([1.0], [2.0])
-    with pytest.raises(ValueError, match="the test loader is empty"):
-        test(model, "cpu", [], F.nll_loss)
 
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def trained(loader, monkeypatch, graph=True, device="cuda", model=None, optimizer=None):
-    """Train for two epochs; return the loss of each, and the weights, on the CPU."""
+def trained(loader, device, monkeypatch, graph=True, model=None, optimizer=None):
+    """Train for two epochs; return the loss of each, and all weights, on the CPU."""
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
     with monkeypatch.context() as patch:
         if not graph:
@@ -228,8 +219,7 @@ def trained(loader, monkeypatch, graph=True, device="cuda", model=None, optimize
         scheduler, averaged = recipe.scheduler(optimizer, 30), recipe.averaged(model)
         for _ in range(recipe.epochs):
             train(model, device, loader, optimizer, F.nll_loss, losses, scheduler=scheduler, averaged=averaged)
-    states = {"model": model.state_dict(), "averaged": averaged.state_dict()}
-    return losses, {name: {key: t.cpu().float() for key, t in state.items()} for name, state in states.items()}
+    return losses, [t.cpu().float() for part in (model, averaged) for t in part.state_dict().values()]
 
 
 def fixed_batches(*sizes):
@@ -253,9 +243,9 @@ LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32
 )
 def test_a_graph_trains_as_the_steps_one_by_one_and_as_a_cpu(sizes, model, optimizer, monkeypatch, recwarn):
     loader = fixed_batches(*sizes)
-    graph = trained(loader, monkeypatch, True, "cuda", model, optimizer)
-    eager = trained(loader, monkeypatch, False, "cuda", model, optimizer)
-    cpu = trained(loader, monkeypatch, False, "cpu", model, optimizer)
+    graph = trained(loader, "cuda", monkeypatch, True, model, optimizer)
+    eager = trained(loader, "cuda", monkeypatch, False, model, optimizer)
+    cpu = trained(loader, "cpu", monkeypatch, False, model, optimizer)
     assert not recwarn.list, [str(warning.message) for warning in recwarn]
     assert graph[0] == pytest.approx(eager[0], rel=1e-4) and graph[0] == pytest.approx(cpu[0], rel=1e-3)
     torch.testing.assert_close(graph[1], eager[1], rtol=1e-3, atol=1e-4)
@@ -276,7 +266,7 @@ def test_a_graph_bears_a_loader_that_pins_memory(monkeypatch):
     images, labels = random_images(400)
     dataset = torch.utils.data.TensorDataset(images / 255, labels)
     loader = torch.utils.data.DataLoader(dataset, 20, num_workers=2, pin_memory=True)
-    losses, _ = trained(loader, monkeypatch, model=Net(dropout=0.1))
+    losses, _ = trained(loader, "cuda", monkeypatch, model=Net(dropout=0.1))
     assert losses[1] < losses[0] < 4
 
 
