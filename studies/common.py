@@ -1,4 +1,4 @@
-"""What the studies need: splits, the course's way of loading, and rows that say where they were measured."""
+"""What all studies need: data, the device, and rows that name device and versions."""
 
 import csv
 import os
@@ -24,7 +24,7 @@ def get_device():
 
 
 def about(device):
-    """Return the columns that every row ends with: device, versions, commit."""
+    """Return the last columns of each row: device, versions, commit."""
     import torchvision
 
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
@@ -42,12 +42,12 @@ def about(device):
 
 
 def on_cpu(row):
-    """Whether a row is of a CPU, by the name that `about` gives it."""
+    """Return whether a row comes from a CPU."""
     return "CPUs" in row["device"]
 
 
 def read(path):
-    """Return the rows of a CSV file as dicts of text; none where there is no file."""
+    """Return the rows of a CSV file, each a dict of text. Without a file there are none."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -55,7 +55,7 @@ def read(path):
 
 
 def append(path, row):
-    """Write one row, in a new file after its header; ValueError if the file has not all of its columns."""
+    """Append a row to a CSV file. Raises ValueError if the file lacks one of its columns."""
     new = not path.exists()
     columns = row if new else read(path)[0]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,12 +67,13 @@ def append(path, row):
 
 
 def on(device, model):
-    """Return the model on the device, in channels_last: faster with one thread of a CPU, and on NVIDIA's GPUs."""
-    return model.to(device, memory_format=torch.preserve_format if device.type == "mps" else torch.channels_last)
+    """Return the model on the device, in channels_last. That is faster on one CPU thread and on NVIDIA GPUs."""
+    layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # wrong in torch 2.11 to 2.13
+    return model.to(device, memory_format=layout)
 
 
 def loaders(recipe, device, split, images=None):
-    """Return the loader that a split trains on, and the one that it tests on; `images` takes only so many of both."""
+    """Return the training loader and the test loader of a split, with at most `images` images each."""
     train_set, test_set = utils.load_mnist(DATA), utils.load_mnist(DATA, train=False)
     if split == "50k/10k":
         train_set, test_set = [part[:50_000] for part in train_set], [part[50_000:] for part in train_set]
@@ -81,7 +82,7 @@ def loaders(recipe, device, split, images=None):
 
 
 def course_loader(images, batch_size, workers=0, data=DATA):
-    """Load the first `images` of the training set as the course does: each through PIL, in every pass."""
+    """Return a loader of the first training images that works as the course's: through PIL, one by one."""
     from torchvision import transforms
     from torchvision.datasets import MNIST
 
@@ -92,6 +93,6 @@ def course_loader(images, batch_size, workers=0, data=DATA):
         transforms.ToTensor(),
         transforms.Normalize((utils.MEAN,), (utils.STD,)),
     ]
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: that is the question
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # of more workers than cores
     dataset = Subset(MNIST(data, transform=transforms.Compose(steps)), range(images))
     return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)

@@ -1,10 +1,10 @@
-"""Export the trained network to ONNX and to `torch.export`, and compare both with it on the 10,000 test images.
+"""Export the trained network to ONNX and to `torch.export`, and compare both with it on the test images.
 
-    .venv/bin/python -m pip install --requirement studies/requirements.txt
-    .venv/bin/python studies/export.py                 # checkpoints/S6.pt to build/S6.onnx and build/S6.pt2
+    make .venv/extras                      # installs what this needs
+    .venv/bin/python studies/export.py     # reads checkpoints/S6.pt, writes build/S6.onnx and build/S6.pt2
 
-Both take "images", normalised float32 of shape (B, 1, 28, 28) with any B, as `Net` does, and give log-probabilities,
-(B, 10). The network was trained on upright digits: apply `s6.utils.upright` to the bytes first. A normalised pixel is
+Both take "images" as `Net` does: normalised float32 images, (B, 1, 28, 28). They return log-probabilities, (B, 10). The
+network was trained on upright digits. So first apply `s6.utils.upright` to the uint8 images, then normalise each pixel:
 (pixel / 255 - 0.1307) / 0.3081.
 """
 
@@ -20,14 +20,14 @@ from s6.model import Net
 from s6.utils import Recipe, mnist_loaders, predict
 from studies.common import DATA, ROOT
 
-TOLERANCE = 1e-4  # of a log-probability: the order of the additions may differ, the arithmetic may not
+TOLERANCE = 1e-4  # largest difference of a log-probability: additions may be in another order
 
 
 def export(model, folder):
-    """Write `S6.onnx` and `S6.pt2` into `folder`; return `{path: function}`, which runs it on a batch of images."""
+    """Write `S6.onnx` and `S6.pt2` into `folder`. Return `{path: function of a batch of images}`."""
     import onnxruntime
 
-    # Two images, not one: of one, the exporters would take the size of the batch for a constant.
+    # Two images, because with one the exporters fix the batch size to 1.
     example = torch.zeros(2, 1, 28, 28)
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     pt2, onnx = folder / "S6.pt2", folder / "S6.onnx"
@@ -40,7 +40,7 @@ def export(model, folder):
 
 
 def compare(model, exported, loader):
-    """Return `(difference, other)` over all images: the largest of a log-probability, and how many labels differ."""
+    """Return the largest difference of a log-probability, and how many labels differ."""
     expected, _ = predict(model, "cpu", loader)
     with torch.no_grad():
         outputs = torch.cat([exported(images) for images, _ in loader])
@@ -49,8 +49,8 @@ def compare(model, exported, loader):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, default=ROOT / "checkpoints" / "S6.pt", help="that the notebook saved")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build", help="to write into")
+    parser.add_argument("--weights", type=Path, default=ROOT / "checkpoints" / "S6.pt", help="saved by the notebook")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where to write")
     options = parser.parse_args()
     if not options.weights.is_file():
         sys.exit(f"There is no {options.weights}. Train first: make run")

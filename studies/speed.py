@@ -1,19 +1,13 @@
-"""How fast is the training, beside the ordinary way and beside what the machine allows, and how soon is it at 99.4 %?
+"""Measure the training: an epoch beside the ordinary way, and whole trainings to 99.4 %.
 
-    .venv/bin/python studies/speed.py epochs             # half an hour on two cores that do nothing else
-    .venv/bin/python studies/speed.py goal --seeds 10    # whole trainings, one seed after the other
-    .venv/bin/python studies/speed.py tables             # prints the rows of both, draws results/speed.png
+    .venv/bin/python studies/speed.py epochs             # half an hour on two idle cores
+    .venv/bin/python studies/speed.py goal --seeds 10    # whole trainings
+    .venv/bin/python studies/speed.py tables             # prints the tables of both, draws results/speed.png
 
-- A, the ordinary way, is the course's: images through PIL one by one, a DataLoader at its best number of workers, plain
-  SGD, two numbers read from the device in each step. Then without its dropout.
-- B, ours, trains as the notebook does, but on a CPU in channels_last, too. Then with fewer images and in other batches,
-  to see how it grows. Then the levers: B with one thing changed.
-- C is B's forward, backward and step on one batch that stays, each operation launched by itself.
-
-A shared machine changes its speed. So each of them runs in turn with C, and its time is divided by C's: half a piece of
-C, a piece of its own, the other half of C. On a CPU an epoch has ten pieces. A has one, because its workers do not
-pause. On a GPU all have one, because each call of `train` records its graph anew. Each of three turns is a row in
-speed.csv, each training a row in goal.csv. A row that is there from the same device is not measured again.
+studies/README.md says what A, B and C are. A shared machine changes its speed. So A and B take turns with C, and their
+time is divided by C's: half a piece of C, a piece of their own, the other half of C. On a CPU an epoch of B has ten
+pieces. A has one, because its workers do not pause. On a GPU all have one, because each call of `train` records a new
+graph. A row that is there from the same device is not measured again.
 """
 
 import argparse
@@ -49,7 +43,7 @@ TURNS |= {f"B, {lever}": B | {"lever": lever} for lever in LEVERS}
 
 
 def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, lever=None):
-    """Return the batches of an epoch, and a function that trains on as many as it is given."""
+    """Return the batches of an epoch, and a function that trains on those that it is given."""
     device, recipe = get_device(), Recipe(batch_size=batch_size)
     model = Net(0.005 if lever == "dropout 0.005" else dropout)
     model = model.to(device) if way == "A" or lever == "no channels_last" else on(device, model)
@@ -89,7 +83,7 @@ def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, 
 
 
 def measure(way, images, workers, share=1.0, **setting):
-    """Return the seconds of an epoch, and those of C's epoch beside it."""
+    """Return the seconds of an epoch, and of the epoch of C that took turns with it."""
     batches, steps = prepared(way, images := int(share * images), workers, **setting)
     floor, floor_steps = prepared("C", images)
     steps(islice(batches, 1 + len(batches) // 10))  # to warm up
@@ -109,7 +103,7 @@ def measure(way, images, workers, share=1.0, **setting):
 
 
 def row(path, key, function, **arguments):
-    """Return the row with this key, the device included; if there is none, call `function` and append it."""
+    """Return the row with this key. If there is none, call `function` and append its result."""
     if old := [one for one in read(path) if key.items() <= one.items()]:
         return old[0]
     new = key | {name: f"{value:.4g}" for name, value in function(**arguments).items()} | about(get_device())
@@ -119,7 +113,7 @@ def row(path, key, function, **arguments):
 
 
 def epochs(path, images):
-    """Find the best number of workers on a quarter of an epoch, then take the turns."""
+    """Find the best number of workers for A on a quarter of an epoch. Then measure everything in three turns."""
     ratios, key = {}, {"device": about(get_device())["device"]}
     for n in WORKERS:
         name = {"name": f"A, 15,000 images, {n} workers", "turn": "1"}
@@ -142,7 +136,10 @@ SCHEDULES = {
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for convolutions as in Jordan's airbench94_muon, for torch's takes only matrices; else Nesterov's SGD."""
+    """Muon for convolutions, as in Jordan's airbench94_muon. For other parameters it is SGD with Nesterov's momentum.
+
+    torch.optim.Muon takes only matrices.
+    """
 
     @torch.no_grad()
     def step(self):
@@ -153,12 +150,12 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.add(buffer, alpha=group["momentum"])
                 if p.ndim > 1:
                     update = orthogonalized(update.flatten(1)).view_as(p)
-                    p.mul_(len(p) ** 0.5 / p.norm())  # that of orthonormal rows, in place of weight decay
+                    p.mul_(len(p) ** 0.5 / p.norm())  # the norm of orthonormal rows, in place of weight decay
                 p.sub_(update, alpha=group["lr"])
 
 
 def orthogonalized(matrix):
-    """Make the rows, no more than columns, about orthonormal: five Newton-Schulz steps, Jordan's coefficients."""
+    """Return the matrix with nearly orthonormal rows: five Newton-Schulz steps with Jordan's coefficients."""
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
         square = x @ x.T
@@ -167,9 +164,9 @@ def orthogonalized(matrix):
 
 
 def training(seed, split, images, sgd_lr=None, **fields):
-    """Train, testing after each epoch; return the last accuracy, the last loss, and the seconds.
+    """Train and test after each epoch. Return the last accuracy, the last loss, and the seconds.
 
-    With `sgd_lr`, that is the rate of SGD for what is no convolution's weight, and the convolutions have Muon.
+    With `sgd_lr`, Muon trains the convolution kernels, and SGD at this rate the rest.
     """
     device, recipe = get_device(), Recipe(seed=seed, **fields)
     loader, test_loader = loaders(recipe, device, split, images)
@@ -177,7 +174,7 @@ def training(seed, split, images, sgd_lr=None, **fields):
     model = on(device, Net())
     optimizer = recipe.optimizer(model)
     if sgd_lr:
-        groups = zip(optimizer.param_groups, (recipe.lr, sgd_lr), strict=True)  # convolutions, the rest
+        groups = zip(optimizer.param_groups, (recipe.lr, sgd_lr), strict=True)  # kernels, the rest
         optimizer = Muon([{"params": group["params"], "lr": lr} for group, lr in groups], {"momentum": recipe.momentum})
     scheduler, averaged = recipe.scheduler(optimizer, len(loader)), recipe.averaged(model)
     start = time.perf_counter()
@@ -191,7 +188,7 @@ def training(seed, split, images, sgd_lr=None, **fields):
 
 
 def grouped(rows, names, figures):
-    """Return {what the columns `names` say: for each of the columns `figures` its numbers, ascending}."""
+    """Group the rows by the columns `names`. Return for each group the sorted numbers of the columns `figures`."""
     groups = {}
     for one in rows:
         groups.setdefault(tuple(one[name] for name in names), []).append([float(one[name]) for name in figures])
@@ -199,7 +196,7 @@ def grouped(rows, names, figures):
 
 
 def tables(folder):
-    """Print the tables of each device, and draw its bars: medians, lowest and highest."""
+    """Print the tables of each device, and draw bars: median, lowest and highest."""
     rows = [one | {"ratio": float(one["seconds"]) / float(one["seconds of C"])} for one in read(folder / "speed.csv")]
     of = grouped(rows, ("device", "name"), ("seconds", "ratio"))
     devices = list(dict.fromkeys(device for device, _ in of))
@@ -232,13 +229,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("epochs", "goal", "tables"))
     parser.add_argument("--split", choices=("60k/test", "50k/10k"), default="60k/test", help="of goal")
-    parser.add_argument("--seeds", type=int, default=1, help="of goal: the seeds 1 to this one")
+    parser.add_argument("--seeds", type=int, default=1, help="of goal: the last seed")
     parser.add_argument("--schedule", choices=SCHEDULES, default="cpu" if ON_CPU else "gpu", help="of goal")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of goal: of Recipe, or sgd_lr")
-    parser.add_argument("--images", type=int, default=60_000, help="take so few, to see that it runs; with --results")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for the rows and the picture")
+    parser.add_argument("--images", type=int, default=60_000, help="for a quick check; needs other --results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of rows and picture")
     options = parser.parse_args()
-    assert options.images == 60_000 or options.results != RESULTS, "so few are no result: name other --results"
+    assert options.images == 60_000 or options.results != RESULTS, "with --images, name other --results"
     if options.part == "tables":
         return tables(options.results)
     if options.part == "epochs":

@@ -8,8 +8,8 @@ from s6.model import Net
 from s6.utils import Recipe, mnist_loaders
 from studies import export
 
-pytest.importorskip("onnxruntime", reason="needs studies/requirements.txt")
-pytest.importorskip("onnxscript", reason="needs studies/requirements.txt")
+pytest.importorskip("onnxruntime", reason="needs tests/requirements.txt")
+pytest.importorskip("onnxscript", reason="needs tests/requirements.txt")
 
 
 def test_both_exports_agree_with_the_network_and_not_with_another(mnist, tmp_path):
