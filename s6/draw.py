@@ -1,4 +1,4 @@
-"""Your own digits: read a picture of one, prepared as MNIST's were, or draw one on a page."""
+"""Read your own digits, from a picture or drawn on a page."""
 
 import base64
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch.nn as nn
 from PIL import Image, ImageFilter, ImageOps
 from torch.nn.utils import fuse_conv_bn_eval
 
-MEAN, STD = 0.1307, 0.3081  # as in utils.py: the modules do not import each other
+MEAN, STD = 0.1307, 0.3081  # as in utils.py, because no module imports another
 
 
 def _open(picture):
@@ -22,25 +22,25 @@ def _open(picture):
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
         picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
-    except Exception as error:  # Pillow raises many kinds: no picture, or half of one
+    except Exception as error:  # of many kinds: no picture, or half of one
         raise ValueError(
             f"this cannot be read as a picture, such as a JPEG or PNG: {error}"
         ) from error
 
 
 def read_picture(picture):
-    """Return the digit in a picture as MNIST would have it, light on black: (28, 28) uint8.
+    """Return the digit in a picture, prepared as MNIST's are: (28, 28) uint8, light on black.
 
-    LeCun et al. prepared their digits in this way ("Gradient-based learning applied to document
-    recognition", 1998): cut to the ink, the longer side scaled to 20 pixels, the centre of mass in
-    the middle. Everything that is not paper counts as ink.
+    It is cut to its ink, the longer side is scaled to 20 pixels, and the centre of mass comes to
+    the middle (LeCun et al., "Gradient-based learning applied to document recognition", 1998).
+    Everything that is not paper counts as ink.
 
-    `picture` is a path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8. It is
-    dark on light or light on dark, with more paper than ink. Raises ValueError if it is no picture,
-    or has no ink.
+    `picture` is a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). It may be
+    dark on light or light on dark, with more paper than ink. Raises ValueError if it is not a
+    picture or has no ink.
     """
-    # The paper is a plane of grey levels, because light may come from a side. Each fit leaves out
-    # what stood out from the last one.
+    # Light may come from one side, so the paper is a plane of grey levels. It is fitted five times,
+    # each time without the pixels that differed from the plane before.
     grey = np.asarray(_open(picture), np.float32)
     terms = np.stack([np.ones_like(grey), *np.indices(grey.shape)], -1)
     paper = np.full(grey.shape, True)
@@ -51,23 +51,23 @@ def read_picture(picture):
         )
         noise = np.median(abs(residual[paper]))
         paper = abs(residual) <= 2 * noise + 1
-    residual = residual if residual.sum() > 0 else -residual  # ink is positive from here on
+    residual = residual if residual.sum() > 0 else -residual  # from here on, ink is positive
     ink = residual > max(25, 8 * noise)
     if not ink.any():
         raise ValueError(
-            "no ink found: let the paper fill the picture, come closer, or take a thicker pen"
+            "no ink found: let the paper fill the picture, go closer, or use a thicker pen"
         )
-    # Half the level of ink is the edge of a stroke; what is far below it, noise, becomes black.
+    # The edge of a stroke is at half the level of ink. What is far below, such as noise, becomes 0.
     ink = np.clip((residual / np.quantile(residual[ink], 0.9) - 0.3) / 0.4, 0, 1)
     rows, columns = (np.flatnonzero((ink >= 0.5).any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     margin = max(ink.shape)
-    side = 30 / 20 * margin  # of a square: the image, with a rim of one pixel for the blur
-    # Its upper left corner. In MNIST the centre of mass lies in the middle of pixel [14, 14].
+    side = 30 / 20 * margin  # of a square that becomes 30 x 30: the blur needs a rim of one pixel
+    # (x, y) is its upper left corner. MNIST has the centre of mass in the middle of pixel [14, 14].
     y, x = ((np.indices(ink.shape) + 0.5) * ink).sum((1, 2)) / ink.sum() + margin - 15.5 / 30 * side
     square = Image.fromarray(np.pad((255 * ink).round().astype(np.uint8), margin))
     image = square.resize((30, 30), Image.Resampling.BOX, (x, y, x + side, y + side))
-    # A thin stroke is grey now. Blur it to two pixels, MNIST's width, and scale it to white.
+    # A thin stroke is grey now. Blur it to two pixels, as wide as MNIST's, and scale it to white.
     image = image.filter(ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1)))
     image = image.crop((1, 1, 29, 29))
     return (np.asarray(image) * (255 / np.max(image))).round().astype(np.uint8)
@@ -82,7 +82,7 @@ def classify(model, images):
 
 
 def plot_reading(picture, image, probabilities):
-    """Draw a picture, the (28, 28) image that the network sees, and its (10,) probabilities."""
+    """Draw a picture, the (28, 28) image that the network sees, and the (10,) probabilities."""
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
     left.imshow(_open(picture), cmap="gray", vmin=0, vmax=255)
     middle.imshow(image, cmap="gray")

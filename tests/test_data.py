@@ -7,12 +7,12 @@ import torch
 import torchvision
 from conftest import ROOT
 from scipy.ndimage import affine_transform
+from torchvision.transforms.functional import InterpolationMode
+from torchvision.transforms.functional import affine as affine_of_torchvision
 
 from s6.utils import MEAN, STD, Loader, Recipe, affine, load_mnist, mnist_loaders, upright
 
 IMAGES = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-DRAWS = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) * 2 - 1
-STILL = torch.zeros(6)
 
 
 def test_affine_agrees_with_torchvision():
@@ -23,18 +23,15 @@ def test_affine_agrees_with_torchvision():
     ours = affine(IMAGES, degrees, translate.float(), scale, shear)
     for i in range(6):
         amounts = -degrees[i].item(), translate[i].tolist(), scale[i].item(), -shear[i].item()
-        bilinear = torchvision.transforms.InterpolationMode.BILINEAR
-        theirs = torchvision.transforms.functional.affine(IMAGES[i], *amounts, interpolation=bilinear)
+        theirs = affine_of_torchvision(IMAGES[i], *amounts, interpolation=InterpolationMode.BILINEAR)
         torch.testing.assert_close(ours[i], theirs, rtol=0, atol=1e-3)
 
 
-def test_augment_is_a_function_of_images_and_draws():
-    images, draws = IMAGES.clone(), DRAWS.clone()
-    augmented = Recipe().augment(images, draws)
+def test_augment_scales_the_draws_by_the_recipe():
+    draws = torch.rand(6, 5) * 2 - 1
     turn, x, y, zoom, slant = draws.T
-    expected = affine(images, 7 * turn, torch.stack([x, y], 1), 1 + 0.1 * zoom, 5 * slant)
-    torch.testing.assert_close(augmented, expected)
-    assert torch.equal(images, IMAGES) and torch.equal(draws, DRAWS)
+    expected = affine(IMAGES, 7 * turn, torch.stack([x, y], 1), 1 + 0.1 * zoom, 5 * slant)
+    torch.testing.assert_close(Recipe().augment(IMAGES, draws), expected)
 
 
 def numbered(count, *args, **options):
@@ -75,56 +72,11 @@ def test_what_is_drawn_depends_on_seed_and_epoch_only():
     torch.rand(3)  # torch's own generator has no part in it
     other_order, other_draws = order_and_draws(numbered(203, 7, seed=1))
     assert torch.equal(other_order, expected) and torch.equal(other_draws, draws)
-    loader = numbered(203, 50, seed=1)
+    loader = numbered(203, 50, seed=np.int64(1))
     assert torch.equal(order(loader), expected)  # augmented or not
     second, loader.epoch = order(loader), 2
     assert torch.equal(order(loader), second) and not torch.equal(second, expected)
     assert not torch.equal(order(numbered(203, 50, seed=2)), expected)
-
-
-def test_mnist_loaders_hold_what_torchvision_reads_normalised_by_its_statistics(mnist):
-    recipe = Recipe(batch_size=100, seed=7, upright=False)
-    train_loader, test_loader = mnist_loaders(recipe, "cpu", ROOT / "data")
-    for loader, train in ((train_loader, True), (test_loader, False)):
-        theirs = torchvision.datasets.MNIST(ROOT / "data", train=train)
-        assert torch.equal(loader.images[:, 0], theirs.data) and torch.equal(loader.labels, theirs.targets)
-    pixels = train_loader.images.double() / 255
-    assert (round(pixels.mean().item(), 4), round(pixels.std().item(), 4)) == (MEAN, STD)
-    assert (train_loader.batch_size, train_loader.seed, train_loader.augment) == (100, 7, recipe.augment)
-    assert test_loader.seed is test_loader.augment is None
-    for loader, before in zip(mnist_loaders(Recipe(), "cpu", ROOT / "data"), (train_loader, test_loader), strict=True):
-        assert torch.equal(loader.images[:500], upright(before.images[:500]))
-
-
-def test_damaged_files_and_a_failing_download_say_what_to_do_and_nothing_is_deleted(tmp_path, mnist, monkeypatch):
-    raw = tmp_path / "MNIST" / "raw"
-    shutil.copytree(ROOT / "data" / "MNIST" / "raw", raw)
-    assert torch.equal(load_mnist(tmp_path)[0], mnist[0])
-    (raw / "train-images-idx3-ubyte").unlink()
-    (raw / "train-images-idx3-ubyte").symlink_to(ROOT / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte")
-    labels, timeouts = raw / "train-labels-idx1-ubyte", []
-    content = labels.read_bytes()
-
-    def failed():
-        before = sorted(raw.iterdir())
-        with pytest.raises(RuntimeError) as error:
-            load_mnist(tmp_path)
-        assert str(tmp_path / "MNIST") in str(error.value) and "make data" in str(error.value)
-        assert sorted(raw.iterdir()) == before and socket.getdefaulttimeout() is None
-        return str(error.value)
-
-    labels.write_bytes(content[:-1] + b"\x07")
-    assert "a file is damaged" in failed()
-    labels.write_bytes(content[:5000])
-    failed()
-    labels.unlink()
-    gone = OSError("no route to the mirrors")
-    monkeypatch.setattr("s6.utils.MNIST", lambda *_, **__: timeouts.append(socket.getdefaulttimeout()) or throw(gone))
-    assert str(gone) in failed() and timeouts == [60], "a server that never answers is given up"
-
-
-def throw(error):
-    raise error
 
 
 @pytest.mark.parametrize("images, labels, batch_size", [(3, 2, 1), (2, 3, 1), (2, 2, 0)])
@@ -133,8 +85,50 @@ def test_a_loader_that_cannot_work_is_refused(images, labels, batch_size):
         Loader(torch.zeros(images, 1, 28, 28, dtype=torch.uint8), torch.zeros(labels).long(), batch_size)
 
 
+def test_mnist_loaders_hold_what_torchvision_reads_normalised_by_its_statistics():
+    recipe = Recipe(batch_size=100, seed=7, upright=False)
+    loaders = mnist_loaders(recipe, "cpu", ROOT / "data")
+    for loader, of_upright, train in zip(
+        loaders, mnist_loaders(Recipe(), "cpu", ROOT / "data"), (True, False), strict=True
+    ):
+        theirs = torchvision.datasets.MNIST(ROOT / "data", train=train)
+        assert torch.equal(loader.images[:, 0], theirs.data) and torch.equal(loader.labels, theirs.targets)
+        assert torch.equal(of_upright.images[:500], upright(loader.images[:500]))
+    pixels = loaders[0].images.double() / 255
+    assert (round(pixels.mean().item(), 4), round(pixels.std().item(), 4)) == (MEAN, STD)
+    assert (loaders[0].batch_size, loaders[0].seed, loaders[0].augment) == (100, 7, recipe.augment)
+    assert loaders[1].seed is loaders[1].augment is None
+
+
+@pytest.mark.parametrize("kind", ["one byte changed", "truncated", "no answer"])
+def test_damaged_files_and_a_failing_download_say_what_to_do_and_nothing_is_deleted(kind, tmp_path, mnist, monkeypatch):
+    raw, timeouts = tmp_path / "MNIST" / "raw", []
+    shutil.copytree(ROOT / "data" / "MNIST" / "raw", raw)
+    labels = raw / "train-labels-idx1-ubyte"
+    content, reason = labels.read_bytes(), ""
+    if kind == "one byte changed":
+        labels.write_bytes(content[:-1] + b"\x07")
+        reason = "a file is damaged"
+    elif kind == "truncated":
+        labels.write_bytes(content[:5000])
+    else:
+        labels.unlink()
+        reason = "the mirrors do not answer"
+
+        def download(*_, **__):
+            timeouts.append(socket.getdefaulttimeout())
+            raise OSError(reason)
+
+        monkeypatch.setattr("s6.utils.MNIST", download)
+    before = sorted(raw.iterdir())
+    with pytest.raises(RuntimeError, match=f"{reason}.*Delete the folder {tmp_path / 'MNIST'} .*make data"):
+        load_mnist(tmp_path)
+    assert sorted(raw.iterdir()) == before and socket.getdefaulttimeout() is None
+    assert timeouts == [60] * (kind == "no answer"), "a server that never answers is given up"
+
+
 def slant_of(image):
-    """The angle to the vertical of the axis of inertia, in degrees, and the centre of mass, in NumPy."""
+    """The angle of the axis of inertia to the vertical, in degrees, and the centre of mass, in NumPy."""
     ink = np.asarray(image, float)
     rows, columns = np.indices(ink.shape)
     y, x = (rows * ink).sum() / ink.sum(), (columns * ink).sum() / ink.sum()
@@ -142,13 +136,17 @@ def slant_of(image):
     return np.degrees(np.arctan(slant)), (y, x)
 
 
+def sheared(image, angle, y):
+    """SciPy's shear, with the row `y` in its place."""
+    slope = np.tan(np.radians(angle))
+    return affine_transform(image.astype(float), [[1, 0], [slope, 1]], [0, -slope * y], order=1)
+
+
 @pytest.mark.parametrize("angle", [-35, -20, 0, 10, 30])
 def test_a_digit_slanted_by_a_known_angle_comes_back_upright(angle):
     ink = np.zeros((28, 28))
     ink[5:23, 12:16] = 200  # a bar, not in the middle of the image
-    slanted = affine_transform(
-        ink, [[1, 0], [np.tan(np.radians(angle)), 1]], [0, -13.5 * np.tan(np.radians(angle))], order=1
-    )
+    slanted = sheared(ink, angle, 13.5)
     assert abs(slant_of(slanted)[0] + angle) < 1
     image = torch.from_numpy(slanted.round().astype(np.uint8)).view(1, 1, 28, 28)
     result = upright(image)
@@ -161,7 +159,5 @@ def test_upright_agrees_with_scipy_and_leaves_an_empty_image_alone(mnist):
     images = mnist[0][:100]
     for image, result in zip(images[:, 0].numpy(), upright(images)[:, 0].numpy(), strict=True):
         angle, (y, _) = slant_of(image)
-        slant = np.tan(np.radians(angle))
-        expected = affine_transform(image.astype(float), [[1, 0], [slant, 1]], [0, -slant * y], order=1)
-        assert abs(expected.round() - result).max() <= 1
+        assert abs(sheared(image, angle, y).round() - result).max() <= 1
     assert not upright(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).any()
