@@ -44,8 +44,8 @@ test-colab: data
 
 # Writes the weights of your newest training into the drawing page.
 draw: .venv/installed
-	$(BIN)/python -c "import torch; from s6.draw import page_weights; from s6.model import Net; net = Net(); \
-		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); open('docs/weights.js', 'w').write(page_weights(net))"
+	$(BIN)/python -c "import pathlib, torch; from s6.draw import page_weights; from s6.model import Net; net = Net(); \
+		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); pathlib.Path('docs/weights.js').write_bytes(page_weights(net).encode())"
 
 # For maintainers: stores a new run of S6.ipynb, its curves (the fifth picture) for the README, and its weights.
 stored: data

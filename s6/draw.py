@@ -1,6 +1,7 @@
 """Read your own digits, from a picture or drawn on a page."""
 
 import base64
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,7 @@ import torch.nn as nn
 from PIL import Image, ImageFilter, ImageOps
 from torch.nn.utils import fuse_conv_bn_eval
 
-MEAN, STD = 0.1307, 0.3081  # as in utils.py, because no module imports another
+MEAN, STD = 0.1307, 0.3081  # as in utils.py. Each module works alone
 
 
 def _open(picture):
@@ -22,25 +23,25 @@ def _open(picture):
         picture = ImageOps.exif_transpose(picture).convert("RGBA")
         picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
-    except Exception as error:  # of many kinds: no picture, or half of one
+    except Exception as error:  # such as no picture, or half of one
         raise ValueError(
-            f"this cannot be read as a picture, such as a JPEG or PNG: {error}"
+            f"this is not a readable picture, such as a JPEG or PNG: {error}"
         ) from error
 
 
 def read_picture(picture):
-    """Return the digit in a picture, prepared as MNIST's are: (28, 28) uint8, light on black.
+    """Return the digit in a picture as MNIST would have it: (28, 28) uint8, light on black.
 
-    It is cut to its ink, the longer side is scaled to 20 pixels, and the centre of mass comes to
-    the middle (LeCun et al., "Gradient-based learning applied to document recognition", 1998).
+    The picture is cut to the ink. The longer side is scaled to 20 pixels. The centre of mass moves
+    to the middle (LeCun et al., "Gradient-based learning applied to document recognition", 1998).
     Everything that is not paper counts as ink.
 
-    `picture` is a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). It may be
-    dark on light or light on dark, with more paper than ink. Raises ValueError if it is not a
-    picture or has no ink.
+    `picture` is a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). The digit may
+    be dark on light or light on dark. There must be more paper than ink. Raises ValueError if it is
+    not a picture or has no ink.
     """
-    # Light may come from one side, so the paper is a plane of grey levels. It is fitted five times,
-    # each time without the pixels that differed from the plane before.
+    # Light may come from one side. So the paper is a plane of grey levels, fitted five times. Each
+    # fit leaves out the pixels that were far from the last plane.
     grey = np.asarray(_open(picture), np.float32)
     terms = np.stack([np.ones_like(grey), *np.indices(grey.shape)], -1)
     paper = np.full(grey.shape, True)
@@ -55,15 +56,15 @@ def read_picture(picture):
     ink = residual > max(25, 8 * noise)
     if not ink.any():
         raise ValueError(
-            "no ink found: let the paper fill the picture, go closer, or use a thicker pen"
+            "no ink was found: let the paper fill the picture, go closer, or use a thicker pen"
         )
-    # The edge of a stroke is at half the level of ink. What is far below, such as noise, becomes 0.
+    # The edge of a stroke is at half the level of ink. Everything far below becomes 0.
     ink = np.clip((residual / np.quantile(residual[ink], 0.9) - 0.3) / 0.4, 0, 1)
     rows, columns = (np.flatnonzero((ink >= 0.5).any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     margin = max(ink.shape)
-    side = 30 / 20 * margin  # of a square that becomes 30 x 30: the blur needs a rim of one pixel
-    # (x, y) is its upper left corner. MNIST has the centre of mass in the middle of pixel [14, 14].
+    side = 30 / 20 * margin  # of a square that becomes 30 x 30. The blur needs a rim of one pixel
+    # (x, y), its upper left corner, puts the centre of mass into pixel [14, 14], as in MNIST.
     y, x = ((np.indices(ink.shape) + 0.5) * ink).sum((1, 2)) / ink.sum() + margin - 15.5 / 30 * side
     square = Image.fromarray(np.pad((255 * ink).round().astype(np.uint8), margin))
     image = square.resize((30, 30), Image.Resampling.BOX, (x, y, x + side, y + side))
@@ -82,52 +83,55 @@ def classify(model, images):
 
 
 def plot_reading(picture, image, probabilities):
-    """Draw a picture, the (28, 28) image that the network sees, and the (10,) probabilities."""
+    """Return a figure of a picture, the (28, 28) image of it, and the (10,) probabilities."""
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
     left.imshow(_open(picture), cmap="gray", vmin=0, vmax=255)
     middle.imshow(image, cmap="gray")
     right.bar(range(10), probabilities.tolist())
-    title = f"read as {probabilities.argmax()}, with {probabilities.max():.1%}"
+    title = f"read as {probabilities.argmax()}, probability {probabilities.max():.1%}"
     right.set(xticks=range(10), ylim=(0, 1), title=title)
     plt.close(fig)
     return fig
 
 
-def page_weights(model):
-    """Return the JavaScript of docs/weights.js for `model`, a `Net` or its moving average.
+def page_weights(model, upright=True):
+    """Return the text of docs/weights.js for `model`, a `Net` or its moving average.
 
-    The page knows the kinds of layers of `Net`, with any number of channels, and the activations
-    SiLU and ReLU. Raises ValueError for others.
+    `upright` tells the page whether to make digits upright. The page knows the kinds of layers of
+    `Net`, with any number of channels. Raises ValueError for other layers and activations.
     """
     activations, layers, weights = set(), [], []
-    for layer in getattr(model, "module", model).eval().layers[:-1]:  # the page averages by itself
-        if isinstance(layer, nn.Sequential):
+    for layer in getattr(model, "module", model).eval().layers[:-1]:  # the last takes the mean
+        if isinstance(layer, nn.Sequential) and isinstance(layer[1], nn.BatchNorm2d):
             activation = layer.activation
             activations.add(getattr(activation, "__name__", type(activation).__name__).lower())
             layer = fuse_conv_bn_eval(layer[0], layer[1])
-        # Of the layers that the page knows, a pooling has the padding 0, a convolution (0, 0).
-        if getattr(layer, "padding", None) not in (0, (0, 0)):
+        if isinstance(layer, nn.Conv2d):
+            layers.append([layer.out_channels, layer.in_channels, layer.kernel_size[0]])
+            known = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size[0])
+        else:
+            layers.append(getattr(layer, "kernel_size", 1))
+            known = nn.MaxPool2d(layers[-1])
+        if repr(layer) != repr(known):  # another kind, or another stride, padding, ...
             raise ValueError(f"the drawing page does not know this layer: {layer}")
-        is_convolution = isinstance(layer, nn.Conv2d)
-        layers.append(list(layer.weight.shape)[:3] if is_convolution else layer.kernel_size)
         weights += [p.detach().flatten().cpu() for p in layer.parameters()]
     if activations not in ({"silu"}, {"relu"}):
         raise ValueError(f"the drawing page knows SiLU or ReLU, not {', '.join(activations)}")
     text = base64.b64encode(torch.cat(weights).numpy()).decode()
-    constants = f'LAYERS = {layers}, ACTIVATION = "{activations.pop()}", WEIGHTS = "{text}"'
-    return f"// Written by `make draw`. BatchNorm is in the convolutions.\nconst {constants};\n"
+    constants = {"LAYERS": layers, "ACTIVATION": activations.pop(), "UPRIGHT": upright}
+    lines = [f"const {name} = {json.dumps(value)};" for name, value in constants.items()]
+    return "\n".join([*lines, f'const WEIGHTS = "{text}";\n'])
 
 
-def drawing_page(model):
-    """Return docs/index.html with the weights of `model` inside, in one piece for a notebook.
+def drawing_page(model, upright=True):
+    """Return the drawing page as one text, with the weights of `model` inside, for a notebook.
 
-    Raises FileNotFoundError if the page is neither beside draw.py nor in ../docs.
+    Raises FileNotFoundError if index.html is neither beside draw.py nor in ../docs.
     """
     here = Path(__file__).parent
     places = [folder / "index.html" for folder in (here, here.parent / "docs")]
     pages = [path.read_text(encoding="utf-8") for path in places if path.is_file()]
     if not pages:
-        raise FileNotFoundError("docs/index.html is missing: upload it beside draw.py")
-    return pages[0].replace(
-        '<script src="weights.js"></script>', f"<script>\n{page_weights(model)}</script>"
-    )
+        raise FileNotFoundError("index.html is missing: upload it beside draw.py")
+    script = f"<script>\n{page_weights(model, upright)}</script>"
+    return pages[0].replace('<script src="weights.js"></script>', script)

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution, BatchNorm, activation, dropout: (B, in, H, W) to (B, out, H - k + 1, W - k + 1).
+    """Apply convolution, BatchNorm, activation, dropout. Maps become smaller by kernel_size - 1.
 
-    BatchNorm comes before the activation, as in Ioffe and Szegedy, 2015. torchsummary does not list
-    functions and Sequentials. So it prints the same table as for the course's network.
+    BatchNorm comes before the activation, as in Ioffe and Szegedy, 2015. torchsummary lists neither
+    functions nor Sequentials. So its table is the same as for the course's network.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout, activation):
@@ -19,23 +19,23 @@ class ConvBlock(nn.Sequential):
         )
         self.activation = activation
 
-    def extra_repr(self):  # for the printed form, by which a checkpoint knows its network
+    def extra_repr(self):  # prints the activation, too. A checkpoint compares this text
         return f"activation={getattr(self.activation, '__name__', self.activation)}"
 
     def forward(self, x):
-        conv, norm, dropout, *_ = self  # if the activation is a module, it is the fourth
+        conv, norm, dropout, *_ = self  # an activation that is a module is the fourth part
         return dropout(self.activation(norm(conv(x))))
 
 
 class Net(nn.Module):
-    """Classify 28 x 28 digits: (B, 1, 28, 28) normalised images to (B, 10) log-probabilities.
+    """Classify digits: return (B, 10) log-probabilities of normalised images, (B, 1, 28, 28).
 
-    The course's network has the same layers, but its ReLU comes before BatchNorm, and another ReLU
+    The course's network has the same layers. There, ReLU comes before BatchNorm, and another ReLU
     follows the last convolution. BatchNorm cancels the bias of the convolution before it. We keep
-    these biases, because then the number of parameters is the course's, too.
+    these biases, so that the number of parameters is the same as in the course.
 
     Args:
-        dropout: probability of zeroing an activation. With augmentation none is needed.
+        dropout: probability that a value becomes zero. With augmentation we need no dropout.
         activation: function or module. SiLU, x * sigmoid(x), is a smooth ReLU (Hendrycks and
             Gimpel, 2016).
     """
@@ -46,21 +46,21 @@ class Net(nn.Module):
         def block(in_channels, out_channels, kernel_size=3):
             return ConvBlock(in_channels, out_channels, kernel_size, dropout, activation)
 
-        # Each line gives the size of the maps and the receptive field: one output sees so many
-        # pixels across. A 3 x 3 kernel adds 2 pixels before the pooling and 4 after it.
+        # Each comment gives the size of the maps and the receptive field, the width of the image
+        # part that one output sees. A 3 x 3 kernel widens it by 2 pixels, after the pooling by 4.
         self.layers = nn.Sequential(
             block(1, 8),  # 26 x 26, sees 3
             block(8, 12),  # 24 x 24, sees 5
             block(12, 16),  # 22 x 22, sees 7
-            nn.MaxPool2d(2),  # 11 x 11, sees 8: a quarter of the work from here on
+            nn.MaxPool2d(2),  # 11 x 11, sees 8: each layer from here on has a quarter of the work
             block(16, 8, kernel_size=1),  # 11 x 11, sees 8: halves the channels with 136 parameters
             block(8, 12),  # 9 x 9, sees 12
             block(12, 16),  # 7 x 7, sees 16
             block(16, 16),  # 5 x 5, sees 20
             block(16, 16),  # 3 x 3, sees 24
-            nn.Conv2d(16, 10, 1),  # 3 x 3, sees 24: at each of nine places a score for each digit
-            # ceil_mode also allows smaller maps: then this is the mean of all their places.
-            nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28 (all): the mean of the nine scores
+            nn.Conv2d(16, 10, 1),  # 3 x 3, sees 24: each of nine places gets ten scores
+            # With ceil_mode, a map smaller than 3 x 3 works, too. The layer takes its mean.
+            nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28: takes the mean of the nine places
         )
 
     def forward(self, images):
@@ -68,8 +68,6 @@ class Net(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (1, 28, 28):
             raise ValueError(f"Net needs images of shape (B, 1, 28, 28), got {tuple(images.shape)}")
         scores = self.layers(images)
-        if scores.shape[2:].numel() > 1:  # after a change of the blocks
-            raise ValueError(
-                "AvgPool2d leaves more than one place: give it the size of the last map"
-            )
+        if scores.shape[2:].numel() > 1:  # if a block was removed
+            raise ValueError("AvgPool2d leaves several places: give it the size of the last map")
         return F.log_softmax(scores.flatten(1), dim=1)

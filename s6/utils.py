@@ -30,12 +30,12 @@ class Recipe:
 
     seed: int = 1  # of the first weights, of the order of the images and of their augmentation
     epochs: int = 20  # the assignment allows no more
-    batch_size: int = 250  # divides 60,000 and 50,000, so every batch is full
+    batch_size: int = 250  # divides 60,000, so every batch is full
     lr: float = 0.2  # the highest learning rate of the one-cycle schedule (Smith and Topin, 2018)
     warmup: float = 0.2  # share of the steps in which the rate rises. Then it falls to zero
     momentum: float = 0.9  # of SGD, in Nesterov's form
     weight_decay: float = 5e-4  # on convolution kernels only, not on biases and BatchNorm
-    average: float = 0.998  # decay of the moving average of the weights, per step
+    average: float = 0.998  # in each step the moving average keeps this share of itself
     degrees: float = 7.0  # augmentation: rotate by up to this many degrees, either way
     translate: float = 1.0  # augmentation: shift by up to this many pixels along each axis
     scale: float = 0.1  # augmentation: zoom by a factor from 1 - scale to 1 + scale
@@ -47,7 +47,7 @@ class Recipe:
             raise ValueError(f"epochs and batch_size must be at least 1, got {self}")
 
     def augment(self, images, draws):
-        """Return the images distorted. `draws`, (B, 5) uniform in [-1, 1], says how much."""
+        """Return distorted images. `draws`, (B, 5), are random numbers from -1 to 1: how much."""
         degrees, translate = self.degrees * draws[:, 0], self.translate * draws[:, 1:3]
         scale, shear = 1 + self.scale * draws[:, 3], self.shear * draws[:, 4]
         return affine(images, degrees, translate, scale, shear)
@@ -61,20 +61,20 @@ class Recipe:
         return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=nesterov, fused=True)
 
     def scheduler(self, optimizer, steps_per_epoch):
-        """Return the one-cycle schedule: a line up, then a line to zero. Step it once a batch."""
+        """Return the one-cycle schedule. Its rate rises linearly, then falls linearly to zero."""
         steps = self.epochs * steps_per_epoch
         knots = [-1, self.warmup * steps, steps]  # from -1, so that the first rate is not zero
         return LambdaLR(optimizer, lambda step: float(np.interp(step, knots, [0, 1, 0])))
 
     def averaged(self, model):
-        """Return the moving average of the model's weights. Update it once a batch."""
+        """Return the moving average of the model's weights."""
         return MovingAverage(model, self.average)
 
 
 class MovingAverage(AveragedModel):
     """Moving average of a model's weights and BatchNorm statistics. It is a model, too.
 
-    It is steadier than the weights: test it and keep it.
+    The weights still jump around when the average is already good. So test and save the average.
     """
 
     def __init__(self, model, decay):
@@ -82,8 +82,8 @@ class MovingAverage(AveragedModel):
         self.decay = decay
 
     def update_parameters(self, model):
-        """Move a small step towards the weights of `model`. Call this once a batch."""
-        # The first steps are larger: the average has to forget the untrained weights.
+        """Move the average a little towards the weights of `model`. Call this once a batch."""
+        # At first it moves faster, because it has to forget the untrained weights.
         share = max(1 - self.decay, 9 / (10 + int(self.n_averaged)))
         averages, weights = (
             [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
@@ -105,7 +105,7 @@ SHA256 = {  # of images and labels of the training set (True) and of the test se
 def load_mnist(root="data", train=True):
     """Return MNIST's training or test set: (N, 1, 28, 28) uint8 images and (N,) int64 labels.
 
-    Downloads MNIST on first use. Raises RuntimeError if that fails or if a file is damaged.
+    Downloads MNIST on first use. Raises RuntimeError if the download fails or a file is damaged.
     """
     root = Path(root).expanduser()
     timeout = socket.getdefaulttimeout()
@@ -115,7 +115,7 @@ def load_mnist(root="data", train=True):
         content = mnist.data.numpy().tobytes() + mnist.targets.numpy().tobytes()
         if hashlib.sha256(content).hexdigest() != SHA256[train]:
             raise ValueError("a file is damaged")  # torchvision does not notice
-    except Exception as error:  # of many kinds: no network, half a file, a read-only folder
+    except Exception as error:  # such as no network, half a file, a read-only folder
         raise RuntimeError(
             f"MNIST could not be loaded: {error}. Delete the folder {root / 'MNIST'} and try "
             "again. In a clone of the project, run `make data` instead."
@@ -129,42 +129,48 @@ def affine(images, degrees, translate, scale, shear):
     """Return the images rotated, shifted, zoomed and sheared, each by its own amounts.
 
     Args:
-        images: (B, 1, H, H) float, not yet normalised: new pixels at the border are 0, like paper.
-        degrees: (B,), counter-clockwise. translate: (B, 2), pixels to the right and down.
-        scale: (B,), a factor. shear: (B,), degrees to the left.
+        images: (B, 1, H, H) float, not yet normalised, because new pixels at the border are 0.
+        degrees: (B,), rotation, counter-clockwise.
+        translate: (B, 2), shift to the right and down in pixels.
+        scale: (B,), zoom factor.
+        shear: (B,), slant to the left in degrees.
     """
     cos, sin, tan = degrees.deg2rad().cos(), degrees.deg2rad().sin(), shear.deg2rad().tan()
-    # For each output pixel, grid_sample needs its place in the input. So this is the inverse: undo
-    # the rotation, [[cos, -sin], [sin, cos]], then the shear, [[1, -tan], [0, 1]], then the zoom.
-    inverse = torch.stack([cos - tan * sin, -sin - tan * cos, sin, cos], 1).view(-1, 2, 2)
-    inverse = inverse / scale.view(-1, 1, 1)
-    shift = inverse @ translate.unsqueeze(2) * (-2 / images.shape[-1])  # a side is 2 units long
+    zero, one = torch.zeros_like(tan), torch.ones_like(tan)
+    # grid_sample needs the inverse map: from where in the input does each output pixel come?
+    undo_rotation = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+    undo_shear = torch.stack([one, -tan, zero, one], 1).view(-1, 2, 2)
+    inverse = undo_shear @ undo_rotation / scale.view(-1, 1, 1)
+    shift = inverse @ translate.unsqueeze(2) * (-2 / images.shape[-1])  # its unit is half a side
     grid = F.affine_grid(torch.cat([inverse, shift], 2), images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 
 def upright(images):
-    """Return the digits, (N, 1, 28, 28) uint8, sheared until they no longer lean.
+    """Return the digits made upright: (N, 1, 28, 28) uint8, in and out.
 
-    Then the axis of inertia is vertical. The centre of mass stays where it is. LeCun et al., 1998,
-    call this deslanting.
+    It shifts each row sideways until the digit no longer leans. The centre of mass stays in its
+    place. LeCun et al., 1998, call this deslanting.
     """
-    ink, places = images[:, 0].float(), torch.arange(28.0, device=images.device) - 13.5
-    rows, columns = ink.sum(2), ink.sum(1)  # (N, 28) each
-    mass = rows.sum(1, keepdim=True).clamp(min=1)  # an image without ink stays as it is
-    centre = rows @ places.unsqueeze(1) / mass
-    y, x = places - centre, places - columns @ places.unsqueeze(1) / mass
-    slant = torch.einsum("nyx,ny,nx->n", ink, y, x) / (rows * y**2).sum(1).clamp(min=1)
+    ink, x = images[:, 0].float(), torch.arange(28.0, device=images.device) - 13.5
+    y = x.view(28, 1)  # x is the place of each column and y of each row, from the middle
+    mass = ink.sum((1, 2)).clamp(min=1)  # not 0, even without ink
+
+    def mean(values):
+        return (ink * values).sum((1, 2)) / mass
+
+    # Least squares: so many pixels does the ink move to the right from one row to the next.
+    slant = (mean(x * y) - mean(x) * mean(y)) / (mean(y * y) - mean(y) ** 2).clamp(min=0.01)
     zero, one = torch.zeros_like(slant), torch.ones_like(slant)
-    shift = torch.stack([slant * centre.squeeze(1), zero], 1)  # `affine` shears about the middle
-    return affine(images.float(), zero, shift, one, -slant.atan().rad2deg()).round().byte()
+    back = torch.stack([slant * mean(y), zero], 1)  # `affine` does not move the middle row
+    return affine(images.float(), zero, back, one, -slant.atan().rad2deg()).round().byte()
 
 
 class Loader:
-    """Batches of normalised images. The images are uint8 and stay on the device.
+    """Batches of normalised float images, made of uint8 images that stay on the device.
 
-    With a seed, the images are shuffled, and augmented by `augment(images, draws)` as in `Recipe`.
-    Seed and epoch set what is random, so that a training can be repeated.
+    With a seed, each epoch shuffles the images and distorts them by `augment(images, draws)`.
+    Seed and epoch fix the random numbers, so a training can be repeated.
     """
 
     def __init__(self, images, labels, batch_size, seed=None, augment=None):
@@ -172,7 +178,7 @@ class Loader:
             raise ValueError(f"{len(images)} images, {len(labels)} labels, batches of {batch_size}")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.seed, self.augment = seed, augment
-        self.epoch = 1  # the next pass over the images is this epoch
+        self.epoch = 1  # number of the next epoch
 
     def __len__(self):
         return math.ceil(len(self.labels) / self.batch_size)
@@ -185,7 +191,7 @@ class Loader:
             order = torch.randperm(count, generator=generator, device=device)
             draws = torch.rand(count, 5, generator=generator, device=device) * 2 - 1
         self.epoch += 1
-        # Augment 1,000 images at once. On a GPU, few large operations are faster than many small.
+        # Augment 1,000 images at once. On a GPU, few large operations are faster.
         batches_at_once = math.ceil(1000 / self.batch_size)
         for chunk in order.split(batches_at_once * self.batch_size):
             images = self.images[chunk].float()
@@ -216,21 +222,22 @@ def train(
     model, device, train_loader, optimizer, criterion, train_losses=None, train_acc=None, *,
     scheduler=None, averaged=None, show_bar=True,
 ):  # fmt: skip
-    """Train for one epoch. Append the mean loss and the accuracy in percent to the lists, and
-    return the lists.
+    """Train for one epoch. Append its loss and accuracy (percent) to the lists. Return the lists.
 
     Args:
         train_loader: any iterable of (images, labels).
-        criterion: a function of (outputs, labels) that returns the mean loss of a batch. On an
-            NVIDIA GPU, it and the network must not read values with `.item()`: see `graphed`.
-        scheduler, averaged: from `Recipe`. They are stepped and updated once a batch.
+        criterion: a function of (outputs, labels) that returns the mean loss of a batch.
+        scheduler, averaged: from `Recipe`. Each batch steps the first and updates the second.
+
+    On an NVIDIA GPU, `graphed` runs model and criterion. There they must not call `.item()`.
 
     Raises FloatingPointError if the loss is not finite.
     """
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
     model.train()
-    # Sums of loss and of correct answers. To read them makes a GPU wait, so they stay on it.
+    device = torch.device(device)
+    # Loss and correct answers are summed on the GPU, because reading a number makes it wait.
     sums, seen = torch.zeros(2, device=device), 0
 
     def gradients(images, labels):
@@ -241,7 +248,6 @@ def train(
         correct = (outputs.argmax(1) == labels).sum()
         sums.add_(torch.stack([loss.detach() * len(labels), correct]))
 
-    device = torch.device(device)
     if device.type == "cuda" and device.index in (None, torch.cuda.current_device()):
         gradients = graphed(gradients)
     batches = train_loader
@@ -267,20 +273,22 @@ def train(
 
 
 def graphed(step):
-    """Return a faster `step`, a function of tensors, for the current NVIDIA GPU.
+    """Return a faster version of `step`, a function of tensors, for the current NVIDIA GPU.
 
-    Python needs longer to launch the many small operations than the GPU to compute them. So they
-    are recorded once, as a CUDA graph, and then launched together. The graph uses the same memory
-    each time. The Python code of `step` does not run again.
+    Python starts many small operations. Starting them takes longer than computing them. A CUDA
+    graph starts them all at once. The first call of `step` runs as usual, the second records the
+    graph, and the others only replay it: they do not run the Python code again.
     """
-    graph, inputs = None, []  # `inputs` is the memory from which the graph reads
+    graph, inputs = None, []  # the graph reads its inputs from this memory
 
     def replay(*tensors):
         nonlocal graph, inputs
-        if [t.shape for t in tensors] != [t.shape for t in inputs]:  # first call, or a new shape
+        if [t.shape for t in tensors] != [
+            t.shape for t in inputs
+        ]:  # the first call, or a new shape
             graph, inputs = None, [t.clone() for t in tensors]
             return step(*tensors)
-        if graph is None:  # second call: record the operations
+        if graph is None:
             graph = torch.cuda.CUDAGraph()
             # "thread_local", because a DataLoader with pin_memory works in another thread.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -294,7 +302,7 @@ def graphed(step):
 
 @torch.no_grad()
 def predict(model, device, loader):
-    """Return outputs, (N, 10), and labels, (N,), of all images of a loader, in its order."""
+    """Return the outputs, (N, 10), and the labels, (N,), in the order of the loader."""
     model.eval()
     batches = [(model(images.to(device)), labels.to(device)) for images, labels in loader]
     outputs, labels = zip(*batches, strict=True)
@@ -302,18 +310,18 @@ def predict(model, device, loader):
 
 
 def test(model, device, test_loader, criterion, test_losses=None, test_acc=None):
-    """Evaluate. Append mean loss and accuracy in percent to the lists, and return the lists."""
+    """Test the model. Append its loss and accuracy (percent) to the lists. Return the lists."""
     test_losses = [] if test_losses is None else test_losses
     test_acc = [] if test_acc is None else test_acc
     outputs, labels = predict(model, device, test_loader)
     test_losses.append(criterion(outputs, labels).item())
-    # Count, then divide: as a float32 mean, 9,940 of 10,000 would be more than 99.4 %.
+    # Count first, then divide. A float32 mean of 9,940 in 10,000 would be more than 99.4 %.
     test_acc.append(100 * (outputs.argmax(1) == labels).sum().item() / len(labels))
     return test_losses, test_acc
 
 
 def fit(recipe, model, device, train_loader, criterion=F.nll_loss, bar=None):
-    """Train `model` by the recipe, with a `Loader`. Return the moving average of its weights.
+    """Train `model` with a `Loader`. Return the moving average of the model's weights.
 
     `bar` may be a tqdm bar for several trainings. It advances by one after each epoch.
     """
@@ -334,29 +342,32 @@ def fit(recipe, model, device, train_loader, criterion=F.nll_loss, bar=None):
 
 
 def save(content, path):
-    """Save `content` with torch.save, whole or not at all. If that fails, warn and return False."""
+    """Save `content` with torch.save and return True. If this fails, warn and return False.
+
+    A half-written file never replaces the old one.
+    """
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(content, partial)
         partial.replace(path)
         return True
-    except (OSError, RuntimeError) as error:  # torch's, if the folder is gone
+    except (OSError, RuntimeError) as error:  # torch raises the second
         warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
         return False
 
 
 def save_checkpoint(path, recipe, histories, **parts):
-    """Save a training after an epoch: its histories and the state of model, optimizer, ..."""
+    """Save a training after an epoch: the histories, and the states of the parts."""
     values = [[float(value) for value in history] for history in histories]
     states = {name: part.state_dict() for name, part in parts.items()}
     save({"made by": f"{recipe} {parts['model']}", "histories": values, "states": states}, path)
 
 
 def load_checkpoint(path, recipe, histories, **parts):
-    """Load the training saved in `path`. Return how many epochs it has done, 0 without a file.
+    """Load a saved training into histories and parts. Return the number of its epochs, or 0.
 
-    A file that is damaged or belongs to another recipe or network is renamed to *.old.
+    If the file is damaged or belongs to another recipe or network, it is renamed.
     """
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not notice
@@ -364,31 +375,31 @@ def load_checkpoint(path, recipe, histories, **parts):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["made by"] != f"{recipe} {parts['model']}":
             raise ValueError("it belongs to another recipe or network")
-    except OSError:  # there is no file, or no folder: then `save_checkpoint` warns
+    except (FileNotFoundError, NotADirectoryError):
         return 0
-    except Exception as error:  # of many kinds: the file may contain anything
-        path.replace(path.with_suffix(".old"))
-        print(f"Training starts anew. {path} cannot be used: {error}. It is now called *.old")
+    except (zipfile.BadZipFile, RuntimeError, KeyError, ValueError) as error:
+        old = path.replace(path.with_suffix(".old"))
+        print(f"The training starts at epoch 1, because of {path}: {error}. It is now {old}")
         return 0
     for name, part in parts.items():
         part.load_state_dict(saved["states"][name])
     for history, values in zip(histories, saved["histories"], strict=True):
         history[:] = values
-    print(f"Continuing after epoch {len(histories[0])}. To start anew, delete {path}")
+    print(f"Continuing after epoch {len(histories[0])}. To start at epoch 1, delete {path}")
     return len(histories[0])
 
 
 # ------------------------------------------------------------------------------------------- plots
-# Each function returns a Figure and closes it. Otherwise Jupyter would show it twice.
+# Each function closes its figure. Otherwise Jupyter would show it twice.
 
 
 def plot_curves(train_losses, train_acc, test_losses, test_acc):
-    """Draw loss and accuracy of each epoch, and the goal of 99.4 %."""
+    """Return a figure of loss and accuracy after each epoch, with the goal of 99.4 %."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     curves = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
     for name, losses, accuracies in curves:
         epochs = range(1, len(losses) + 1)
-        if epochs:  # there are none if the first was interrupted
+        if epochs:  # the first may have been interrupted
             left.plot(epochs, losses, ".-", label=f"{name}, last {losses[-1]:.4f}")
             right.plot(epochs, accuracies, ".-", label=f"{name}, last {accuracies[-1]:.2f} %")
     right.axhline(99.4, color="gray", linestyle="--", label="goal, 99.4 %")
@@ -405,7 +416,7 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc):
 
 
 def plot_digits(images, titles=None, columns=10):
-    """Draw (N, 1, 28, 28) images in a grid, each under its title."""
+    """Return a figure of (N, 1, 28, 28) images in a grid, each with a title."""
     rows = math.ceil(len(images) / columns) or 1  # an empty grid if there are no images
     size = (columns, rows * (1.45 if titles else 1.0))
     fig, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
@@ -420,7 +431,7 @@ def plot_digits(images, titles=None, columns=10):
 
 
 def plot_mistakes(images, outputs, labels, limit=30):
-    """Draw the images with wrong answers, the most confident first.
+    """Return a figure of the images with wrong answers, at most `limit`, most confident first.
 
     `outputs`, (N, 10) log-probabilities, and `labels`, (N,), are in the order of the images.
     """

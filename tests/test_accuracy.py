@@ -111,9 +111,9 @@ def test_the_notebook_s_gains_are_those_of_the_rows():
             last(before),
             last("no BatchNorm, He's first weights, a quarter of the rate, digits as they come"),
         ),
-        "falling rate, with the moving average": (last(before), last(steady)),
-        "moving average, with the falling rate": (last(before), last(before, "raw accuracies")),
-        "falling rate and moving average, together": (last(before), last(steady, "raw accuracies")),
+        "falling rate (moving average kept)": (last(before), last(steady)),
+        "moving average (falling rate kept)": (last(before), last(before, "raw accuracies")),
+        "both, falling rate and moving average": (last(before), last(steady, "raw accuracies")),
     }
     [cell] = [c for c in nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4).cells if "gains = {" in c.source]
     stated = ast.literal_eval(re.search(r"gains = ({.*?^})", cell.source, re.DOTALL | re.MULTILINE)[1])

@@ -1,7 +1,7 @@
 """Pictures of digits come out as MNIST has them, the bad ones with a sentence; the page carries the network."""
 
-import ast
 import base64
+import json
 import re
 
 import numpy as np
@@ -19,9 +19,10 @@ WEIGHTS = (ROOT / "docs" / "weights.js").read_text(encoding="utf-8")
 
 def network_in(text):
     """The network in weights.js. Its BatchNorms have no effect, because they are in the convolutions."""
-    layers, values = re.search(r'const LAYERS = (.*), ACTIVATION = "silu", WEIGHTS = "(.*)";\n$', text).groups()
-    weights = torch.frombuffer(bytearray(base64.b64decode(values)), dtype=torch.float32)
-    net, layers = Net(), ast.literal_eval(layers)
+    constants = {name: json.loads(value) for name, value in re.findall("const ([A-Z]+) = (.*);\n", text)}
+    weights = torch.frombuffer(bytearray(base64.b64decode(constants["WEIGHTS"])), dtype=torch.float32)
+    net, layers = Net(), constants["LAYERS"]
+    assert (constants["ACTIVATION"], constants["UPRIGHT"], len(constants)) == ("silu", True, 4)
     convolutions = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
     shapes = [list(conv.weight.shape)[:3] for conv in convolutions]
     assert layers == [*shapes[:3], 2, *shapes[3:]]
@@ -116,7 +117,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
         (tmp_path / "missing.jpg", "No such file"),
         (np.asarray(seven()) / 255, "Cannot cast .*float64.*uint8"),
     ):
-        with pytest.raises(ValueError, match=f"this cannot be read as a picture, such as a JPEG or PNG: .*{message}"):
+        with pytest.raises(ValueError, match=f"this is not a readable picture, such as a JPEG or PNG: .*{message}"):
             read_picture(picture)
 
 
@@ -125,7 +126,7 @@ def test_paper_without_ink_is_refused(picture):
     noise = np.random.default_rng(0).normal(200, 15, (600, 800)).clip(0, 255).astype(np.uint8)
     shade = np.broadcast_to(np.linspace(90, 220, 800), (600, 800)).astype(np.uint8)
     blank = {"one pixel": np.zeros((1, 1), np.uint8), "one colour": Image.new("RGB", (300, 200), "red")}
-    with pytest.raises(ValueError, match="no ink found"):
+    with pytest.raises(ValueError, match="no ink was found"):
         read_picture((blank | {"noise": noise, "shade": shade})[picture])
 
 
@@ -149,19 +150,36 @@ def test_the_weights_of_the_page_are_the_network_s_batch_normalisation_folded(ba
     assert torch.allclose(network_in(page_weights(net))(images), net.eval()(images), atol=1e-5)
 
 
-def test_the_page_has_the_network_s_activation_or_is_refused():
-    assert 'ACTIVATION = "silu"' in page_weights(Net())
+def test_the_page_has_the_network_s_activation_and_says_whether_digits_are_upright():
     for relu in (torch.nn.functional.relu, torch.nn.ReLU()):
         assert 'ACTIVATION = "relu"' in page_weights(Net(activation=relu))
+    assert "UPRIGHT = false" in page_weights(Net(), upright=False)
     with pytest.raises(ValueError, match="SiLU or ReLU, not gelu"):
         page_weights(Net(activation=torch.nn.functional.gelu))
+
+
+@pytest.mark.parametrize(
+    ("place", "layer"),
+    [
+        (3, torch.nn.AvgPool2d(2)),
+        (3, torch.nn.MaxPool2d(2, stride=1)),
+        (4, torch.nn.Conv2d(16, 8, 1, stride=2)),
+        (4, torch.nn.Conv2d(16, 8, 1, bias=False)),
+        (4, torch.nn.Sequential(torch.nn.Conv2d(16, 8, 1), torch.nn.GroupNorm(1, 8))),
+    ],
+)
+def test_a_layer_that_the_page_cannot_compute_is_refused(place, layer):
+    net = Net()
+    net.layers[place] = layer
+    with pytest.raises(ValueError, match="does not know this layer"):
+        page_weights(net)
 
 
 def test_the_page_loads_its_weights_or_is_in_one_piece_for_a_notebook(network, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "index.html").read_text(encoding="utf-8")
     assert drawing_page(network) == page.replace(' src="weights.js">', f">\n{page_weights(network)}") != page
     monkeypatch.setattr("s6.draw.__file__", str(tmp_path / "draw.py"))
-    with pytest.raises(FileNotFoundError, match="upload it beside draw.py"):
+    with pytest.raises(FileNotFoundError, match="^index.html is missing: upload it beside draw.py"):
         drawing_page(network)
     (tmp_path / "index.html").write_text('<script src="weights.js"></script>', encoding="utf-8")
     assert drawing_page(network) == f"<script>\n{page_weights(network)}</script>"

@@ -160,7 +160,7 @@ def test_what_is_missing_or_of_another_project_is_named(present, file, tmp_path,
         copy_modules(tmp_path, ["model.py"] * bool(content) + [name])
         if content:
             (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(AssertionError, match=f"^{file} is missing or belongs to another project: upload ours"):
+    with pytest.raises(AssertionError, match=f"^{file} is missing or belongs to another project. Upload our file"):
         modules_in(tmp_path, monkeypatch)
 
 
@@ -178,7 +178,7 @@ def test_handwriting_is_read_and_a_network_without_a_page_goes_on(tmp_path, monk
     names["averaged"] = Net(activation=torch.tanh)
     exec(SOURCES[HANDWRITING + 1], names)
     assert "There is no page to draw on: the drawing page knows SiLU or ReLU, not tanh" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no ink found"):
+    with pytest.raises(ValueError, match="no ink was found"):
         exec(SOURCES[HANDWRITING].replace('picture = ""', 'picture = "digit.png"'), names)
     del sys.modules["draw"]
 

@@ -133,7 +133,7 @@ DAMAGED = {
 def test_a_damaged_file_is_put_aside(kind, whole, tmp_path, capsys):
     path = interrupted(tmp_path, 6)  # after an epoch of five batches and a test
     path.write_bytes(DAMAGED[kind](path.read_bytes()))
-    assert_put_aside(path, "cannot be continued", whole, capsys)
+    assert_put_aside(path, "because of", whole, capsys)
 
 
 OTHERS = {"recipe": {"recipe": OTHER}, "activation": {"net": lambda: Net(activation=F.relu)}}
@@ -146,7 +146,7 @@ def test_the_file_of_another_recipe_or_network_is_put_aside(why, whole, tmp_path
 
 @pytest.mark.parametrize("folder", ["/proc/s6", "file"])
 def test_a_folder_that_cannot_be_written_costs_a_warning(folder, whole, tmp_path):
-    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
     with pytest.warns(UserWarning, match="could not be written"):
         assert_same(training(tmp_path / folder), whole)
 
@@ -157,7 +157,7 @@ def test_a_folder_that_vanishes_costs_a_warning_not_the_training(calls, whole, t
 
     def vanish():
         shutil.rmtree(tmp_path / "drive")
-        (tmp_path / "drive").write_text("Transport endpoint is not connected")
+        (tmp_path / "drive").write_text("Transport endpoint is not connected", encoding="utf-8")
 
     (tmp_path / "drive").mkdir()
     with pytest.warns(UserWarning, match="could not be written"):
