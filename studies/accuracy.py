@@ -2,8 +2,8 @@
 
     .venv/bin/python studies/accuracy.py ablation --seeds 5
 
-studies/README.md describes the studies and the rows. A trial is one variant with one seed. It is skipped if the file
-has its row from the same kind of device, CPU or GPU. `--workers` trials run at once, each on one thread.
+studies/README.md describes the studies and the rows. A trial is one variant with one seed. A trial is skipped if the
+file already has its row from the same kind of device, CPU or GPU. Each trial runs on one thread.
 
 There are two splits. `50k/10k` trains on the first 50,000 training images and tests on the last 10,000. All choices
 were made there. `60k/test` trains on all 60,000 and tests on the test set after each epoch. The last epoch counts.
@@ -33,21 +33,21 @@ from studies.common import RESULTS, about, append, course_loader, get_device, lo
 # Each variant has a name, and what it changes. The keys are fields of `Recipe` or arguments of `trial`.
 
 AS_THEY_COME = {"degrees": 10.0, "shear": 10.0, "upright": False}  # the recipe before the digits were made upright
-SGD = {"plain_sgd": True, "weight_decay": 0.0, "lr": 0.01, "schedule": "a tenth after epoch 15"}  # the course's
-STEADY = {"batch_size": 512, "average": 0.0}
+SGD = {"plain_sgd": True, "weight_decay": 0.0, "lr": 0.01, "schedule": "a tenth after epoch 15"}  # as in the course
+LARGE = {"batch_size": 512, "average": 0.0}  # the course's batches, and no moving average
 LADDER = {  # from the course's recipe to ours, one step at a time
-    "the course's recipe": {"augment": "course", "dropout": 0.005, "net": "course", **SGD, **STEADY, **AS_THEY_COME},
-    "affine augmentation": {"dropout": 0.005, "net": "course", **SGD, **STEADY, **AS_THEY_COME},
-    "no dropout": {"net": "course", **SGD, **STEADY, **AS_THEY_COME},
-    "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU", **SGD, **STEADY, **AS_THEY_COME},
-    "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **STEADY, **AS_THEY_COME},
-    # The next steps are batches of 250, SiLU and the moving average. The average does not change the training. So the
-    # two variants below also give the results without it, in their column "raw accuracies".
+    "the course's recipe": {"augment": "course", "dropout": 0.005, "net": "course", **SGD, **LARGE, **AS_THEY_COME},
+    "affine augmentation": {"dropout": 0.005, "net": "course", **SGD, **LARGE, **AS_THEY_COME},
+    "no dropout": {"net": "course", **SGD, **LARGE, **AS_THEY_COME},
+    "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU", **SGD, **LARGE, **AS_THEY_COME},
+    "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **LARGE, **AS_THEY_COME},
+    # The next steps are batches of 250, SiLU and the moving average. The average does not change the training. So each
+    # row also has the accuracies without it, as "raw accuracies".
     "ReLU for SiLU, digits as they come": {"net": "ReLU", **AS_THEY_COME},
     "digits as they come": AS_THEY_COME,
     "ours": {},
 }
-ABLATION = {  # "no moving average" needs no trials, for the same reason
+ABLATION = {  # "no moving average" needs no trials: see "raw accuracies" above
     "no augmentation": {"augment": "none"},
     "ReLU for SiLU": {"net": "ReLU"},
     "no BatchNorm, He's first weights, a quarter of the rate": {"net": "no BatchNorm", "lr": 0.05},
@@ -85,19 +85,11 @@ STUDIES = {
 
 
 def settings(changes):
-    """Return all settings of a trial but the seed, as text. A row is known by this text."""
+    """Return all settings of a trial except the seed, as text. This text identifies the rows of a variant."""
     return ", ".join(f"{key}={value}" for key, value in (vars(Recipe()) | changes).items() if key != "seed")
 
 
 # ------------------------------------------------------------------------------------------------------------- trial
-
-
-class ReLUFirst(nn.Sequential):
-    """The course's block: convolution, ReLU, BatchNorm, dropout."""
-
-    def forward(self, x):
-        conv, norm, dropout = self
-        return dropout(norm(F.relu(conv(x))))
 
 
 def build(net="ours", width=1, dropout=0.0):
@@ -110,11 +102,12 @@ def build(net="ours", width=1, dropout=0.0):
     if net == "no BatchNorm":
         for i in blocks:
             layers[i][1] = nn.Identity()
-            nn.init.kaiming_normal_(layers[i][0].weight)  # He et al., 2015. Torch's first weights learn nothing
+            nn.init.kaiming_normal_(layers[i][0].weight)  # He et al., 2015, because torch's learn nothing
             nn.init.zeros_(layers[i][0].bias)
     elif net == "course":
         for i in blocks:
-            layers[i] = ReLUFirst(*layers[i])
+            conv, norm, drop = layers[i]
+            layers[i] = nn.Sequential(conv, nn.ReLU(), norm, drop)
         layers.insert(-1, nn.ReLU())  # on the scores
     elif net == "no transition":  # the next block takes all 16 channels
         layers[4:6] = [block(16, 12, 3)]
@@ -138,10 +131,7 @@ def trial(
     variant, split, seed, *, images=None, net="ours", width=1, dropout=0.0, augment="ours", plain_sgd=False,
     schedule="one-cycle", **fields,
 ):  # fmt: skip
-    """Train once and return the row, without its settings. `fields` are the recipe's.
-
-    `images` limits both sets, for a quick check.
-    """
+    """Train once and return the row without its settings. `fields` go to `Recipe`; `images` limits both sets."""
     start, device, recipe = time.process_time(), get_device(), Recipe(seed=seed, **fields)
     loader, test_loader = loaders(recipe, device, split, images)
     if augment == "none":
@@ -159,8 +149,9 @@ def trial(
         scheduler = LambdaLR(optimizer, lambda step: late if step >= 15 * len(loader) else 1.0)
     averaged = recipe.averaged(model)
     losses, accuracies, raw = [], [], []
+    extras = {"scheduler": scheduler, "averaged": averaged, "show_bar": False}
     for _ in range(recipe.epochs):
-        train(model, device, loader, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
+        train(model, device, loader, optimizer, F.nll_loss, **extras)
         test(averaged, device, test_loader, F.nll_loss, losses, accuracies)
         if split == "60k/test":
             test(model, device, test_loader, F.nll_loss, None, raw)
@@ -170,9 +161,8 @@ def trial(
         "seed": seed,
         "last": f"{accuracies[-1]:.2f}",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": f"{time.process_time() - start:.0f}",  # of processor time
+        "seconds": f"{time.process_time() - start:.0f}",  # this is processor time
         **about(device),
-        "settings": "",
         "accuracies": " ".join(f"{x:.2f}" for x in accuracies),
         "raw accuracies": " ".join(f"{x:.2f}" for x in raw),
         "losses": " ".join(f"{x:.5f}" for x in losses),
@@ -185,7 +175,7 @@ def trial(
 def missing(study, seeds, rows, only=None, **more):
     """Return (variant, split, seed, changes) of each trial without a row from this kind of device.
 
-    CPUs and GPUs draw different augmentations. `more` is changed in all trials.
+    CPUs and GPUs draw different augmentations. `more` has changes for all trials.
     """
     split, variants = STUDIES[study]
     cpu = get_device().type == "cpu"
@@ -197,9 +187,8 @@ def missing(study, seeds, rows, only=None, **more):
 
 def run(jobs, path, workers):
     """Run the trials, `workers` at once. Append each row when its trial ends. Return how many trials failed."""
-    os.environ |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}  # for the worker processes
     commit, failed = about(get_device())["commit"], 0
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         running = {pool.submit(trial, *job[:3], **job[3]): job for job in jobs}
         for done in tqdm(as_completed(running), total=len(jobs), unit="trial", disable=False):
             variant, _, seed, changes = running[done]
@@ -217,21 +206,16 @@ def run(jobs, path, workers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, default=1, help="the last seed")
-    parser.add_argument("--first-seed", type=int, default=1, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=1, help="the last seed (default: 1)")
+    parser.add_argument("--first-seed", type=int, default=1, help="the first seed (default: 1)")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="only these variants")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials at once, one a core by default")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="trials at once (default: one for each core)"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.csv", help="the CSV file")
-    parser.add_argument("--images", type=int, help="for a quick check; needs other --results")
     options = parser.parse_args()
-    for name in options.only or []:
-        if name not in STUDIES[options.study][1]:
-            parser.error(f"no variant {name!r} in {options.study}; there are: {'; '.join(STUDIES[options.study][1])}")
-    if options.images and options.results.resolve() == RESULTS / "accuracy.csv":
-        parser.error("with --images, name other --results")
-    more = {"images": options.images} if options.images else {}
     seeds = range(options.first_seed, options.seeds + 1)
-    jobs = missing(options.study, seeds, read(options.results), options.only, **more)
+    jobs = missing(options.study, seeds, read(options.results), options.only)
     sys.exit(bool(run(jobs, options.results, options.workers)))
 
 

@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+import torchvision
 from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from torchvision.datasets import MNIST
 
 from s6 import utils
 
@@ -20,15 +23,14 @@ DATA, RESULTS = ROOT / "data", ROOT / "studies" / "results"
 
 
 def get_device():
+    """Return the accelerator, or the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def about(device):
     """Return the last columns of each row: device, versions, commit."""
-    import torchvision
-
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    name = f"{name}, {os.cpu_count()} CPUs, float32"  # earlier rows may say bfloat16
+    name = f"{name}, {os.cpu_count()} CPUs, float32"  # earlier rows also say bfloat16
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -55,7 +57,7 @@ def read(path):
 
 
 def append(path, row):
-    """Append a row to a CSV file. Raises ValueError if the file lacks one of its columns."""
+    """Append a row to a CSV file. Raises ValueError if the file lacks a column of the row."""
     new = not path.exists()
     columns = row if new else read(path)[0]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,8 @@ def append(path, row):
 
 def on(device, model):
     """Return the model on the device, in channels_last. That is faster on one CPU thread and on NVIDIA GPUs."""
-    layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # wrong in torch 2.11 to 2.13
+    # On Apple GPUs (MPS), torch 2.11 to 2.13 gives wrong gradients in channels_last.
+    layout = torch.preserve_format if device.type == "mps" else torch.channels_last
     return model.to(device, memory_format=layout)
 
 
@@ -82,10 +85,7 @@ def loaders(recipe, device, split, images=None):
 
 
 def course_loader(images, batch_size, workers=0, data=DATA):
-    """Return a loader of the first training images that works as the course's: through PIL, one by one."""
-    from torchvision import transforms
-    from torchvision.datasets import MNIST
-
+    """Return a loader of the first `images` training images. Like the course's, it works through PIL, one by one."""
     steps = [
         transforms.RandomApply([transforms.CenterCrop(22)], p=0.1),
         transforms.Resize((28, 28)),
@@ -93,6 +93,6 @@ def course_loader(images, batch_size, workers=0, data=DATA):
         transforms.ToTensor(),
         transforms.Normalize((utils.MEAN,), (utils.STD,)),
     ]
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # of more workers than cores
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     dataset = Subset(MNIST(data, transform=transforms.Compose(steps)), range(images))
     return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)

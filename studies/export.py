@@ -1,14 +1,13 @@
-"""Export the trained network to ONNX and to `torch.export`, and compare both with it on the test images.
+"""Export the trained network to ONNX and to `torch.export`. Compare both with the network on the test images.
 
     make .venv/extras                      # installs what this needs
     .venv/bin/python studies/export.py     # reads checkpoints/S6.pt, writes build/S6.onnx and build/S6.pt2
 
-Both take "images" as `Net` does: normalised float32 images, (B, 1, 28, 28). They return log-probabilities, (B, 10). The
-network was trained on upright digits. So first apply `s6.utils.upright` to the uint8 images, then normalise each pixel:
+Both exports take "images", (B, 1, 28, 28) float32 and normalised. They return log-probabilities, (B, 10). The network
+was trained on upright digits. So first apply `s6.utils.upright` to the uint8 images. Then normalise each pixel, as
 (pixel / 255 - 0.1307) / 0.3081.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from s6.model import Net
 from s6.utils import Recipe, mnist_loaders, predict
 from studies.common import DATA, ROOT
 
-TOLERANCE = 1e-4  # largest difference of a log-probability: additions may be in another order
+TOLERANCE = 1e-4  # of a log-probability, because the exports may add in another order
 
 
 def export(model, folder):
@@ -48,26 +47,21 @@ def compare(model, exported, loader):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, default=ROOT / "checkpoints" / "S6.pt", help="saved by the notebook")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build", help="where to write")
-    options = parser.parse_args()
-    if not options.weights.is_file():
-        sys.exit(f"There is no {options.weights}. Train first: make run")
+    weights, folder = ROOT / "checkpoints" / "S6.pt", ROOT / "build"
+    if not weights.is_file():
+        sys.exit(f"There is no {weights}. Train first: make run")
     model = Net()
-    model.load_state_dict(torch.load(options.weights, map_location="cpu", weights_only=True))
-    options.folder.mkdir(parents=True, exist_ok=True)
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    folder.mkdir(exist_ok=True)
     _, loader = mnist_loaders(Recipe(), "cpu", DATA)
-    failed = False
-    for path, exported in export(model.eval(), options.folder).items():
+    for path, exported in export(model.eval(), folder).items():
         difference, other = compare(model, exported, loader)
-        failed |= bool(other) or not difference <= TOLERANCE
         print(
             f"{path.name}: {path.stat().st_size:,} bytes; {len(loader.labels):,} images, log-probabilities differ by "
             f"{difference:.1e} at most, {other} labels differ"
         )
-    if failed:
-        sys.exit("An export does not compute what the network computes.")
+        if other or not difference <= TOLERANCE:
+            sys.exit("This export does not compute what the network computes.")
 
 
 if __name__ == "__main__":

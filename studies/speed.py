@@ -5,9 +5,9 @@
     .venv/bin/python studies/speed.py tables             # prints the tables of both, draws results/speed.png
 
 studies/README.md says what A, B and C are. A shared machine changes its speed. So A and B take turns with C, and their
-time is divided by C's: half a piece of C, a piece of their own, the other half of C. On a CPU an epoch of B has ten
-pieces. A has one, because its workers do not pause. On a GPU all have one, because each call of `train` records a new
-graph. A row that is there from the same device is not measured again.
+time is divided by C's. Half a piece of C runs first, then a piece of A or B, then the other half. On a CPU, an epoch of
+B has ten pieces. A has one, because its workers load images all the time. On a GPU all have one, because each call of
+`train` records a new graph. A measurement that has its row from the same device is skipped.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import time
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median, stdev
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib.pyplot as plt
@@ -43,7 +44,7 @@ TURNS |= {f"B, {lever}": B | {"lever": lever} for lever in LEVERS}
 
 
 def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, lever=None):
-    """Return the batches of an epoch, and a function that trains on those that it is given."""
+    """Return the batches of an epoch, and a function that trains on given batches."""
     device, recipe = get_device(), Recipe(batch_size=batch_size)
     model = Net(0.005 if lever == "dropout 0.005" else dropout)
     model = model.to(device) if way == "A" or lever == "no channels_last" else on(device, model)
@@ -63,10 +64,9 @@ def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, 
 
     def steps(batches):
         if way == "B":
-            graphed = utils.graphed
-            utils.graphed = (lambda step: step) if lever == "no CUDA graph" else graphed
-            train(model, device, batches, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
-            utils.graphed = graphed
+            graphed = (lambda step: step) if lever == "no CUDA graph" else utils.graphed
+            with mock.patch.object(utils, "graphed", graphed):
+                train(model, device, batches, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
             return
         for data, target in batches:
             data, target = data.to(device), target.to(device)
@@ -88,7 +88,7 @@ def measure(way, images, workers, share=1.0, **setting):
     floor, floor_steps = prepared("C", images)
     steps(islice(batches, 1 + len(batches) // 10))  # to warm up
     floor_steps(floor[: 1 + len(floor) // 10])
-    seconds = [0.0, 0.0]  # of C, and its own
+    seconds = [0.0, 0.0]  # of C, then of the epoch itself
     whole = way == "A" or not ON_CPU
     pieces, epoch = (1, None) if whole else (min(10, len(batches)), iter(batches))
     half = floor[: max(1, len(floor) // pieces // 2)]
@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.add(buffer, alpha=group["momentum"])
                 if p.ndim > 1:
                     update = orthogonalized(update.flatten(1)).view_as(p)
-                    p.mul_(len(p) ** 0.5 / p.norm())  # the norm of orthonormal rows, in place of weight decay
+                    p.mul_(len(p) ** 0.5 / p.norm())  # in place of weight decay: the norm of orthonormal rows
                 p.sub_(update, alpha=group["lr"])
 
 
@@ -210,9 +210,9 @@ def tables(folder):
             if "images" not in name:
                 axes.barh(name, times, xerr=[[times - ratio[0]], [ratio[-1] - times]], color=f"C{'AB'.index(name[0])}")
         axes.axvline(1, color="black", linestyle="--")
-        axes.set(title=f"A: the ordinary way, B: ours. {device}", ylim=axes.get_ylim()[::-1])
-        axes.set_xlabel("time of an epoch beside C's: median, lowest, highest")
-        if mid.keys() >= {"A", "A, no dropout", "B", "B, batches of 512"}:  # else not all has been measured yet
+        axes.set(title=f"The ordinary way (A) and ours (B) on {device}", ylim=axes.get_ylim()[::-1])
+        axes.set_xlabel("time of an epoch / time of C (median, lowest, highest)")
+        if mid.keys() >= {"A", "A, no dropout", "B", "B, batches of 512"}:  # all have been measured
             print(f"\n| | measured |\n|---|---|\n| B / A | 1 / {mid['A'] / mid['B']:.1f} |")
             print(f"| B / A without A's dropout | 1 / {mid['A, no dropout'] / mid['B']:.1f} |")
             print(f"| and both in batches of 512 | 1 / {mid['A, no dropout'] / mid['B, batches of 512']:.1f} |\n")
@@ -228,14 +228,16 @@ def tables(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("epochs", "goal", "tables"))
-    parser.add_argument("--split", choices=("60k/test", "50k/10k"), default="60k/test", help="of goal")
-    parser.add_argument("--seeds", type=int, default=1, help="of goal: the last seed")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="cpu" if ON_CPU else "gpu", help="of goal")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of goal: of Recipe, or sgd_lr")
+    parser.add_argument("--split", choices=("60k/test", "50k/10k"), default="60k/test", help="for goal")
+    parser.add_argument("--seeds", type=int, default=1, help="for goal: the last seed")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cpu" if ON_CPU else "gpu", help="for goal")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="for goal: fields of Recipe, or sgd_lr"
+    )
     parser.add_argument("--images", type=int, default=60_000, help="for a quick check; needs other --results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of rows and picture")
     options = parser.parse_args()
-    assert options.images == 60_000 or options.results != RESULTS, "with --images, name other --results"
+    assert options.images == 60_000 or options.results != RESULTS, "with --images, choose other --results"
     if options.part == "tables":
         return tables(options.results)
     if options.part == "epochs":
