@@ -16,7 +16,7 @@ IMAGES = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
 def test_affine_agrees_with_torchvision():
-    """Which turns the other way, slants the other way, and takes one image at a time."""
+    """Torchvision turns and slants the other way, and takes one image at a time."""
     degrees = torch.tensor([-30.0, 7, 0, 45, 12, 90])
     scale, shear = torch.tensor([[0.7, 1, 1.3, 1.1, 0.9, 1], [5, -9, 20, 0, 3, -15]])
     translate = torch.tensor([[0, 0], [2, -3], [1, 0], [-4, 1], [0, 2], [3, 3]])
@@ -30,14 +30,14 @@ def test_affine_agrees_with_torchvision():
 def test_augment_scales_the_draws_by_the_recipe():
     draws = torch.rand(6, 5) * 2 - 1
     turn, x, y, zoom, slant = draws.T
-    expected = affine(IMAGES, 7 * turn, torch.stack([x, y], 1), 1 + 0.1 * zoom, 5 * slant)
-    torch.testing.assert_close(Recipe().augment(IMAGES, draws), expected)
+    expected = affine(IMAGES, 7 * turn, 2 * torch.stack([x, y], 1), 1 + 0.1 * zoom, 5 * slant)
+    torch.testing.assert_close(Recipe(translate=2.0).augment(IMAGES, draws), expected)
 
 
 def numbered(count, *args, **options):
-    """A loader of images that carry their own number, 0 to 255, in each pixel, and as their label."""
+    """A loader of images that carry their own number, modulo 256, in each pixel, and as their label."""
     numbers = torch.arange(count)
-    return Loader(numbers.byte().view(-1, 1, 1, 1).expand(-1, 1, 28, 28), numbers, *args, **options)
+    return Loader((numbers % 256).byte().view(-1, 1, 1, 1).expand(-1, 1, 28, 28), numbers, *args, **options)
 
 
 def order(loader):
@@ -50,33 +50,29 @@ def order_and_draws(loader):
     return order(loader), torch.cat(draws)
 
 
-def test_a_pass_visits_each_image_once_with_its_label_in_an_order_of_its_own():
-    loader = numbered(203, 50, seed=1)
+def test_a_pass_visits_each_image_once_with_its_label():
+    loader = numbered(2103, 50, seed=1)
     first, second = order(loader), order(loader)
-    assert torch.equal(first.sort()[0], torch.arange(203)) and torch.equal(second.sort()[0], torch.arange(203))
-    assert not torch.equal(first, second)
+    assert torch.equal(first.sort()[0], torch.arange(2103)) and torch.equal(second.sort()[0], torch.arange(2103))
+    assert not torch.equal(first, second) and [len(labels) for _, labels in loader] == [50] * 42 + [3]
     for images, labels in loader:
-        torch.testing.assert_close(images * STD + MEAN, (labels.view(-1, 1, 1, 1) / 255).expand_as(images))
-
-
-def test_without_a_seed_the_order_stays_and_the_last_batch_holds_the_rest():
-    loader = numbered(203, 50)
-    assert torch.equal(order(loader), torch.arange(203)) and torch.equal(order(loader), torch.arange(203))
-    assert [len(labels) for _, labels in loader] == [50, 50, 50, 50, 3] and len(loader) == 5
+        torch.testing.assert_close(images * STD + MEAN, (labels.view(-1, 1, 1, 1) % 256 / 255).expand_as(images))
+    without = numbered(2103, 50)
+    assert len(without) == 43 and torch.equal(order(without), torch.arange(2103))
 
 
 def test_what_is_drawn_depends_on_seed_and_epoch_only():
-    expected, draws = order_and_draws(numbered(203, 50, seed=1))
-    assert draws.shape == (203, 5) and draws.min() >= -1 and draws.max() <= 1
+    expected, draws = order_and_draws(numbered(2103, 50, seed=1))
+    assert draws.shape == (2103, 5) and draws.min() >= -1 and draws.max() <= 1
     assert draws.mean(0).abs().max() < 0.15 and (draws.std(0) - 1 / 3**0.5).abs().max() < 0.1, "uniform"
     torch.rand(3)  # torch's own generator has no part in it
-    other_order, other_draws = order_and_draws(numbered(203, 7, seed=1))
+    other_order, other_draws = order_and_draws(numbered(2103, 7, seed=1))
     assert torch.equal(other_order, expected) and torch.equal(other_draws, draws)
-    loader = numbered(203, 50, seed=np.int64(1))
+    loader = numbered(2103, 50, seed=np.int64(1))
     assert torch.equal(order(loader), expected)  # augmented or not
     second, loader.epoch = order(loader), 2
     assert torch.equal(order(loader), second) and not torch.equal(second, expected)
-    assert not torch.equal(order(numbered(203, 50, seed=2)), expected)
+    assert not torch.equal(order(numbered(2103, 50, seed=2)), expected)
 
 
 @pytest.mark.parametrize("images, labels, batch_size", [(3, 2, 1), (2, 3, 1), (2, 2, 0)])
@@ -100,17 +96,14 @@ def test_mnist_loaders_hold_what_torchvision_reads_normalised_by_its_statistics(
     assert loaders[1].seed is loaders[1].augment is None
 
 
-@pytest.mark.parametrize("kind", ["one byte changed", "truncated", "no answer"])
+@pytest.mark.parametrize("kind", ["one byte changed", "no answer"])
 def test_damaged_files_and_a_failing_download_say_what_to_do_and_nothing_is_deleted(kind, tmp_path, mnist, monkeypatch):
     raw, timeouts = tmp_path / "MNIST" / "raw", []
     shutil.copytree(ROOT / "data" / "MNIST" / "raw", raw)
     labels = raw / "train-labels-idx1-ubyte"
-    content, reason = labels.read_bytes(), ""
     if kind == "one byte changed":
-        labels.write_bytes(content[:-1] + b"\x07")
+        labels.write_bytes(labels.read_bytes()[:-1] + b"\x07")
         reason = "a file is damaged"
-    elif kind == "truncated":
-        labels.write_bytes(content[:5000])
     else:
         labels.unlink()
         reason = "the mirrors do not answer"

@@ -81,16 +81,13 @@ def test_what_a_camera_and_a_program_do_to_a_digit_changes_little(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     rotated.save(tmp_path / "phone.jpg", exif=exif, quality=95)
     seven().save(tmp_path / "first.gif", save_all=True, append_images=[Image.new("L", (400, 300), 230)])
-    shaded = np.asarray(seven(), float) - np.linspace(0, 60, 400)
     same = {
-        "elsewhere": seven(at=(-130, 60)),
         "light on dark": seven(paper=20, ink=200),
         "coloured": seven(paper=(250, 240, 200), ink=(20, 20, 160), mode="RGB"),
         "transparent": seven(paper=(0, 0, 0, 0), ink=(0, 0, 0, 255), mode="RGBA"),
         "large": seven().resize((4000, 3000)),
         "phone": tmp_path / "phone.jpg",
         "animated": str(tmp_path / "first.gif"),
-        "shaded": shaded.astype(np.uint8),
         "array": np.asarray(seven().convert("RGB")),
         "at the border": seven().crop((133, 69, 247, 238)),
     }

@@ -21,12 +21,11 @@ from s6.model import Net
 from s6.utils import Loader, Recipe, load_checkpoint, save_checkpoint
 
 RECIPE, OTHER = Recipe(epochs=3, batch_size=16), Recipe(epochs=3, batch_size=16, lr=0.1)
-LONG = {"recipe": Recipe(epochs=3, batch_size=40), "count": 400}
 
 
-def training(folder, criterion=F.nll_loss, recipe=RECIPE, net=Net, count=70):
+def training(folder, criterion=F.nll_loss, recipe=RECIPE, net=Net):
     """Run the notebook's cell on random images; return the weights and the histories."""
-    images, labels = random_images(count)
+    images, labels = random_images(70)
     train_loader = Loader(images, labels, recipe.batch_size, recipe.seed, recipe.augment)
     loaders = train_loader, Loader(images, labels, recipe.batch_size)
     names = {"folder": folder, "recipe": recipe, "F": SimpleNamespace(nll_loss=criterion)}
@@ -75,93 +74,94 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("calls", [3, 5, 6, 11, 14])  # an epoch is five batches and the test
-def test_interrupted_in_training_or_testing_it_ends_as_one_never_interrupted(calls, whole, tmp_path):
-    assert interrupted(tmp_path, calls).exists() == (calls > 5)
+def test_interrupted_in_training_or_testing_it_ends_as_one_never_interrupted(calls, whole, tmp_path, capsys):
+    interrupted(tmp_path, calls)
     assert_same(training(tmp_path), whole)
+    assert (f"Continuing after epoch {calls // 6}" in capsys.readouterr().out) == (calls > 5)
     assert_finished(tmp_path)
 
 
 def train_until_killed(folder, calls):
-    """In mid-epoch, or where `calls` is None between writing the file and renaming it."""
     torch.set_num_threads(1)  # as here: with more, sums are added up in another order
-    if calls is None:
+    if calls is None:  # between writing the file and renaming it
         Path.replace = kill
-    training(folder, after(calls, kill), **LONG)
+    training(folder, after(calls, kill))
 
 
-def test_killed_it_ends_as_one_never_killed(tmp_path):
-    for calls in (16, None):  # an epoch is ten batches and the test: in its middle, and where the file is renamed
+def test_killed_it_ends_as_one_never_killed(whole, tmp_path):
+    for calls in (8, None):  # in the middle of the second epoch, and at its end
         process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(tmp_path, calls))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    killed = training(tmp_path, **LONG)
+    assert_same(training(tmp_path), whole)
     assert_finished(tmp_path)
-    assert_same(killed, training(tmp_path / "whole", **LONG))
 
 
 def flipped(content):
+    """One bit of the largest tensor in a file."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        tensors = [info for info in archive.infolist() if "/data/" in info.filename]
-    place = max(tensors, key=lambda info: info.file_size).header_offset + 200
+        place = max(archive.infolist(), key=lambda info: info.file_size).header_offset + 200
     return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
 
 
-def other_content(_):
+def of_another_kind(_):
     torch.save(Net().state_dict(), content := io.BytesIO())
     return content.getvalue()
 
 
-def assert_put_aside(path, why, whole, capsys):
-    content = path.read_bytes()
-    capsys.readouterr()  # what was said up to here
-    assert_same(training(path.parent.parent), whole)
-    assert path.with_suffix(".old").read_bytes() == content and not path.exists()
-    said, *epochs = capsys.readouterr().out.splitlines()
-    assert why in said and str(path) in said and len(epochs) == 3
-
-
-DAMAGED = {
-    "empty": lambda content: b"",
+UNFIT = {
     "half": lambda content: content[: len(content) // 2],
     "one bit flipped": flipped,
-    "another file": other_content,
+    "another file": of_another_kind,
+    "another recipe": {"recipe": OTHER},
+    "another activation": {"net": lambda: Net(activation=F.relu)},
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_put_aside(kind, whole, tmp_path, capsys):
-    path = interrupted(tmp_path, 6)  # after an epoch of five batches and a test
-    path.write_bytes(DAMAGED[kind](path.read_bytes()))
-    assert_put_aside(path, "because of", whole, capsys)
+@pytest.mark.parametrize("kind", UNFIT)
+def test_a_file_that_is_damaged_or_of_another_recipe_or_network_is_put_aside(kind, whole, tmp_path, capsys):
+    other = UNFIT[kind] if isinstance(UNFIT[kind], dict) else {}
+    path = interrupted(tmp_path, 6, **other)  # after an epoch of five batches and a test
+    if not other:
+        path.write_bytes(UNFIT[kind](path.read_bytes()))
+    content = path.read_bytes()
+    assert_same(training(tmp_path), whole)
+    assert path.with_suffix(".old").read_bytes() == content and not path.exists()
+    said = capsys.readouterr().out.splitlines()[-4]  # before the line of each epoch
+    assert said.startswith(f"The training starts at epoch 1, because of {path}: ") and said.endswith("unfinished.old")
+    assert ("another recipe or network" in said) == bool(other)
 
 
-OTHERS = {"recipe": {"recipe": OTHER}, "activation": {"net": lambda: Net(activation=F.relu)}}
-
-
-@pytest.mark.parametrize("why", OTHERS)
-def test_the_file_of_another_recipe_or_network_is_put_aside(why, whole, tmp_path, capsys):
-    assert_put_aside(interrupted(tmp_path, 6, **OTHERS[why]), "another recipe or network", whole, capsys)
-
-
-@pytest.mark.parametrize("folder", ["/proc/s6", "file"])
-def test_a_folder_that_cannot_be_written_costs_a_warning(folder, whole, tmp_path):
-    (tmp_path / "file").write_text("no folder", encoding="utf-8")
-    with pytest.warns(UserWarning, match="could not be written"):
-        assert_same(training(tmp_path / folder), whole)
-
-
-@pytest.mark.parametrize("calls", [3, 5, 8, 17])  # in the first epoch, its test, the second, the last test
-def test_a_folder_that_vanishes_costs_a_warning_not_the_training(calls, whole, tmp_path):
-    """As a Google Drive does that loses its connection: nothing can be made in its place."""
+@pytest.mark.parametrize("calls", [0, 5, 17])  # before the training, in the first test, in the last
+def test_a_folder_that_cannot_be_written_costs_a_warning_not_the_training(calls, whole, tmp_path):
+    """As a Google Drive that loses its connection: nothing can be made in its place."""
+    drive = tmp_path / "drive"
 
     def vanish():
-        shutil.rmtree(tmp_path / "drive")
-        (tmp_path / "drive").write_text("Transport endpoint is not connected", encoding="utf-8")
+        shutil.rmtree(drive, ignore_errors=True)
+        drive.write_text("Transport endpoint is not connected", encoding="utf-8")
 
-    (tmp_path / "drive").mkdir()
+    if calls:
+        drive.mkdir()
+    else:
+        vanish()
     with pytest.warns(UserWarning, match="could not be written"):
-        assert_same(training(tmp_path / "drive", after(calls, vanish)), whole)
+        assert_same(training(drive, after(calls, vanish if calls else int)), whole)
+
+
+def test_a_drive_that_fails_while_the_file_is_read_is_an_error_and_the_file_stays(tmp_path, monkeypatch):
+    path = interrupted(tmp_path, 6)
+    content = path.read_bytes()
+
+    def fail(_):
+        raise OSError("Transport endpoint is not connected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zipfile.ZipFile", fail)
+        with pytest.raises(OSError, match="endpoint"):
+            training(tmp_path)
+    assert path.read_bytes() == content
 
 
 def test_whatever_can_be_saved_can_be_loaded(tmp_path):

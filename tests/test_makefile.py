@@ -1,0 +1,51 @@
+"""The Makefile's rules, with a stand-in for the Python of .venv."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Run `make` in a folder whose .venv has a shell script in place of Python; return exit code and output."""
+    for name in ("Makefile", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+
+    def run(*arguments, python="exit 0", **env):
+        script = tmp_path / ".venv" / "bin" / "python"
+        script.write_text(f"#!/bin/sh\n{python}\n", encoding="utf-8")
+        script.chmod(0o755)
+        (tmp_path / ".venv" / "installed").touch()
+        done = subprocess.run(
+            ["make", *arguments], cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, encoding="utf-8"
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def test_an_environment_whose_python_is_gone_is_made_again(make):
+    assert "venv --clear .venv" not in make("--dry-run", "data")[1]
+    assert "venv --clear .venv" in make("--dry-run", "data", python="exit 127")[1]
+
+
+def test_kernels_of_another_python_are_not_used(make, tmp_path):
+    with open(tmp_path / "Makefile", "a", encoding="utf-8") as file:
+        file.write('show:\n\t@echo "[$$JUPYTER_PATH]"\n')
+    assert make("show", JUPYTER_PATH="/another/python") == (0, "[]\n")
+
+
+def test_damaged_files_are_removed_and_loaded_again(make, tmp_path):
+    damaged = tmp_path / "data" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    damaged.parent.mkdir(parents=True)
+    damaged.touch()
+    assert make("data", python=f'case "$2" in *load_mnist*) test ! -e "{damaged}" ;; esac') == (0, "")
+
+
+def test_an_error_at_import_is_shown_as_what_it_is(make):
+    code, said = make("data", python='test -z "$2" || { echo "ImportError: no torch" >&2; exit 1; }')
+    assert code and "ImportError: no torch" in said and "mirrors" not in said
