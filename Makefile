@@ -8,12 +8,12 @@ EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.
 COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # keeps only the last state of a progress bar
 LOAD := $(BIN)/python -c "from s6.utils import load_mnist; load_mnist(), load_mnist(train=False)"
 # An unfinished training is set aside, because the notebook must print all epochs.
-ASIDE := if [ -f checkpoints/unfinished.pt ]; then mv checkpoints/unfinished.pt checkpoints/unfinished-$$(date +%s).old; fi
+ASIDE := cd checkpoints 2>/dev/null && [ -f unfinished.pt ] && mv -v unfinished.pt unfinished-$$(date +%s).old; true
 
 .PHONY: run test lint data test-browser test-colab draw stored ablation
 
 run: data
-	@$(ASIDE); mkdir -p build; rm -f build/S6.ipynb build/S6.html
+	@($(ASIDE)); mkdir -p build; rm -f build/S6.ipynb build/S6.html
 	@$(BIN)/papermill --cwd notebooks --no-progress-bar --stdout-file - --stderr-file - notebooks/S6.ipynb build/S6.ipynb; \
 		status=$$?; $(NBCONVERT) --to html $(COALESCE) build/S6.ipynb && echo "Figures and pictures: build/S6.html"; exit $$status
 
@@ -43,7 +43,7 @@ test-colab: data
 	.venv-colab/bin/python -m pip install --requirement tests/colab-constraints.txt --requirement requirements.txt
 	.venv-colab/bin/python -m pytest --nbval notebooks tests/test_notebook.py
 
-# Puts the weights of your newest training into the drawing page.
+# Puts the weights of your newest training into the drawing page. It expects Recipe() and Net() without changes.
 draw: .venv/installed
 	$(BIN)/python -c "import pathlib, torch; from s6.draw import page_weights; from s6.model import Net; net = Net(); \
 		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); pathlib.Path('docs/weights.js').write_bytes(page_weights(net).encode())"

@@ -37,11 +37,11 @@ def read_picture(picture):
     Everything that is not paper counts as ink.
 
     `picture` is a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). The digit may
-    be dark on light or light on dark. There must be more paper than ink. Raises ValueError if it is
-    not a picture or has no ink.
+    be dark on light or light on dark. It needs more paper than ink. Raises ValueError without a
+    picture or without ink.
     """
-    # Light may come from one side. So the paper is a plane of grey levels, fitted five times. Each
-    # fit leaves out the pixels that were far from the last plane.
+    # Light may come from one side. So we fit a plane to the grey of the paper, five times. Each fit
+    # leaves out the pixels that were far from the plane before.
     grey = np.asarray(_open(picture), np.float32)
     terms = np.stack([np.ones_like(grey), *np.indices(grey.shape)], -1)
     paper = np.full(grey.shape, True)
@@ -63,8 +63,8 @@ def read_picture(picture):
     rows, columns = (np.flatnonzero((ink >= 0.5).any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     margin = max(ink.shape)
-    side = 30 / 20 * margin  # of a square that becomes 30 x 30. The blur needs a rim of one pixel
-    # (x, y), its upper left corner, puts the centre of mass into pixel [14, 14], as in MNIST.
+    side = 30 / 20 * margin  # this square becomes 30 x 30: 28 x 28 and a rim for the blur
+    # With its corner at (x, y), the centre of mass is in pixel [14, 14], as in MNIST.
     y, x = ((np.indices(ink.shape) + 0.5) * ink).sum((1, 2)) / ink.sum() + margin - 15.5 / 30 * side
     square = Image.fromarray(np.pad((255 * ink).round().astype(np.uint8), margin))
     image = square.resize((30, 30), Image.Resampling.BOX, (x, y, x + side, y + side))
@@ -116,7 +116,9 @@ def page_weights(model, upright=True):
             raise ValueError(f"the drawing page does not know this layer: {layer}")
         weights += [p.detach().flatten().cpu() for p in layer.parameters()]
     if activations not in ({"silu"}, {"relu"}):
-        raise ValueError(f"the drawing page knows SiLU or ReLU, not {', '.join(activations)}")
+        raise ValueError(
+            f"the drawing page knows one activation, SiLU or ReLU, not {', '.join(activations)}"
+        )
     text = base64.b64encode(torch.cat(weights).numpy()).decode()
     constants = {"LAYERS": layers, "ACTIVATION": activations.pop(), "UPRIGHT": upright}
     lines = [f"const {name} = {json.dumps(value)};" for name, value in constants.items()]

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 class ConvBlock(nn.Sequential):
     """Apply convolution, BatchNorm, activation, dropout. Maps become smaller by kernel_size - 1.
 
-    BatchNorm comes before the activation, as in Ioffe and Szegedy, 2015. torchsummary lists neither
-    functions nor Sequentials. So its table is the same as for the course's network.
+    BatchNorm comes before the activation, as in Ioffe and Szegedy, 2015. torchsummary lists layers,
+    but no functions. So its table is the same as for the course's network.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout, activation):
@@ -19,11 +19,11 @@ class ConvBlock(nn.Sequential):
         )
         self.activation = activation
 
-    def extra_repr(self):  # prints the activation, too. A checkpoint compares this text
+    def extra_repr(self):  # print(model) shows this. `load_checkpoint` compares it
         return f"activation={getattr(self.activation, '__name__', self.activation)}"
 
     def forward(self, x):
-        conv, norm, dropout, *_ = self  # an activation that is a module is the fourth part
+        conv, norm, dropout, *_ = self  # *_ is the activation, if it is a module
         return dropout(self.activation(norm(conv(x))))
 
 
@@ -31,8 +31,8 @@ class Net(nn.Module):
     """Classify digits: return (B, 10) log-probabilities of normalised images, (B, 1, 28, 28).
 
     The course's network has the same layers. There, ReLU comes before BatchNorm, and another ReLU
-    follows the last convolution. BatchNorm cancels the bias of the convolution before it. We keep
-    these biases, so that the number of parameters is the same as in the course.
+    follows the last convolution. BatchNorm subtracts the bias of the convolution before it. We
+    keep these biases, so that the number of parameters is the same as in the course.
 
     Args:
         dropout: probability that a value becomes zero. With augmentation we need no dropout.

@@ -35,7 +35,7 @@ class Recipe:
     warmup: float = 0.2  # share of the steps in which the rate rises. Then it falls to zero
     momentum: float = 0.9  # of SGD, in Nesterov's form
     weight_decay: float = 5e-4  # on convolution kernels only, not on biases and BatchNorm
-    average: float = 0.998  # in each step the moving average keeps this share of itself
+    average: float = 0.998  # share of the old moving average that each step keeps
     degrees: float = 7.0  # augmentation: rotate by up to this many degrees, either way
     translate: float = 1.0  # augmentation: shift by up to this many pixels along each axis
     scale: float = 0.1  # augmentation: zoom by a factor from 1 - scale to 1 + scale
@@ -47,7 +47,7 @@ class Recipe:
             raise ValueError(f"epochs and batch_size must be at least 1, got {self}")
 
     def augment(self, images, draws):
-        """Return distorted images. `draws`, (B, 5), are random numbers from -1 to 1: how much."""
+        """Return distorted images. Random `draws`, (B, 5), from -1 to 1, say how much."""
         degrees, translate = self.degrees * draws[:, 0], self.translate * draws[:, 1:3]
         scale, shear = 1 + self.scale * draws[:, 3], self.shear * draws[:, 4]
         return affine(images, degrees, translate, scale, shear)
@@ -109,7 +109,7 @@ def load_mnist(root="data", train=True):
     """
     root = Path(root).expanduser()
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(60)  # seconds, because a server may never answer
+    socket.setdefaulttimeout(60)  # seconds. Some servers never answer
     try:
         mnist = MNIST(root, train, download=True)
         content = mnist.data.numpy().tobytes() + mnist.targets.numpy().tobytes()
@@ -170,12 +170,12 @@ class Loader:
     """Batches of normalised float images, made of uint8 images that stay on the device.
 
     With a seed, each epoch shuffles the images and distorts them by `augment(images, draws)`.
-    Seed and epoch fix the random numbers, so a training can be repeated.
+    Seed and epoch fix the random numbers. So a training can be repeated, on a CPU exactly.
     """
 
     def __init__(self, images, labels, batch_size, seed=None, augment=None):
         if len(images) != len(labels) or batch_size < 1:
-            raise ValueError(f"{len(images)} images, {len(labels)} labels, batches of {batch_size}")
+            raise ValueError(f"{len(images)} images, {len(labels)} labels, batch_size {batch_size}")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.seed, self.augment = seed, augment
         self.epoch = 1  # number of the next epoch
@@ -227,9 +227,9 @@ def train(
     Args:
         train_loader: any iterable of (images, labels).
         criterion: a function of (outputs, labels) that returns the mean loss of a batch.
-        scheduler, averaged: from `Recipe`. Each batch steps the first and updates the second.
+        scheduler, averaged: from `Recipe`. Each batch calls `step` and `update_parameters`.
 
-    On an NVIDIA GPU, `graphed` runs model and criterion. There they must not call `.item()`.
+    On an NVIDIA GPU, model and criterion must not call `.item()`: see `graphed`.
 
     Raises FloatingPointError if the loss is not finite.
     """
@@ -237,10 +237,10 @@ def train(
     train_acc = [] if train_acc is None else train_acc
     model.train()
     device = torch.device(device)
-    # Loss and correct answers are summed on the GPU, because reading a number makes it wait.
+    # Of losses and correct answers. They stay on the device, because reading them makes it wait.
     sums, seen = torch.zeros(2, device=device), 0
 
-    def gradients(images, labels):
+    def gradients(images, labels):  # the first half of a step. It also adds to `sums`
         outputs = model(images)
         loss = criterion(outputs, labels)
         optimizer.zero_grad()
@@ -283,9 +283,8 @@ def graphed(step):
 
     def replay(*tensors):
         nonlocal graph, inputs
-        if [t.shape for t in tensors] != [
-            t.shape for t in inputs
-        ]:  # the first call, or a new shape
+        shapes = [tensor.shape for tensor in tensors]
+        if shapes != [memory.shape for memory in inputs]:  # the first call, or a new shape
             graph, inputs = None, [t.clone() for t in tensors]
             return step(*tensors)
         if graph is None:
@@ -325,7 +324,7 @@ def fit(recipe, model, device, train_loader, criterion=F.nll_loss, bar=None):
 
     `bar` may be a tqdm bar for several trainings. It advances by one after each epoch.
     """
-    train_loader.epoch = 1  # so that the same seed gives the same training
+    train_loader.epoch = 1  # so that the same seed gives the same images
     optimizer = recipe.optimizer(model)
     scheduler = recipe.scheduler(optimizer, len(train_loader))
     averaged = recipe.averaged(model)
@@ -379,7 +378,7 @@ def load_checkpoint(path, recipe, histories, **parts):
         return 0
     except (zipfile.BadZipFile, RuntimeError, KeyError, ValueError) as error:
         old = path.replace(path.with_suffix(".old"))
-        print(f"The training starts at epoch 1, because of {path}: {error}. It is now {old}")
+        print(f"Starting at epoch 1. {path} cannot be used: {error}. It is now {old}")
         return 0
     for name, part in parts.items():
         part.load_state_dict(saved["states"][name])
@@ -399,13 +398,13 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc):
     curves = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
     for name, losses, accuracies in curves:
         epochs = range(1, len(losses) + 1)
-        if epochs:  # the first may have been interrupted
+        if epochs:  # perhaps no epoch is complete yet
             left.plot(epochs, losses, ".-", label=f"{name}, last {losses[-1]:.4f}")
             right.plot(epochs, accuracies, ".-", label=f"{name}, last {accuracies[-1]:.2f} %")
     right.axhline(99.4, color="gray", linestyle="--", label="goal, 99.4 %")
     left.set(xlabel="epoch", ylabel="loss (negative log-likelihood)", yscale="log", title="Loss")
-    lowest = min([97.4, *test_acc])
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(lowest, 100), title="Accuracy")
+    limits = min([97.4, *test_acc]), 100
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=limits, title="Accuracy")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

@@ -41,8 +41,8 @@ LADDER = {  # from the course's recipe to ours, one step at a time
     "no dropout": {"net": "course", **SGD, **LARGE, **AS_THEY_COME},
     "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU", **SGD, **LARGE, **AS_THEY_COME},
     "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **LARGE, **AS_THEY_COME},
-    # The next steps are batches of 250, SiLU and the moving average. The average does not change the training. So each
-    # row also has the accuracies without it, as "raw accuracies".
+    # The next steps are batches of 250, SiLU and the moving average. The first two are the "raw accuracies" of the next
+    # two variants, because these are without the average.
     "ReLU for SiLU, digits as they come": {"net": "ReLU", **AS_THEY_COME},
     "digits as they come": AS_THEY_COME,
     "ours": {},
@@ -102,7 +102,7 @@ def build(net="ours", width=1, dropout=0.0):
     if net == "no BatchNorm":
         for i in blocks:
             layers[i][1] = nn.Identity()
-            nn.init.kaiming_normal_(layers[i][0].weight)  # He et al., 2015, because torch's learn nothing
+            nn.init.kaiming_normal_(layers[i][0].weight)  # He et al., 2015. With torch's weights it learns nothing
             nn.init.zeros_(layers[i][0].bias)
     elif net == "course":
         for i in blocks:

@@ -85,7 +85,7 @@ def loaders(recipe, device, split, images=None):
 
 
 def course_loader(images, batch_size, workers=0, data=DATA):
-    """Return a loader of the first `images` training images. Like the course's, it works through PIL, one by one."""
+    """Return a loader of the first `images` training images. Like the course's, it uses PIL, image by image."""
     steps = [
         transforms.RandomApply([transforms.CenterCrop(22)], p=0.1),
         transforms.Resize((28, 28)),

@@ -19,7 +19,7 @@ from s6.model import Net
 from s6.utils import Recipe, mnist_loaders, predict
 from studies.common import DATA, ROOT
 
-TOLERANCE = 1e-4  # of a log-probability, because the exports may add in another order
+TOLERANCE = 1e-4  # of log-probabilities: exports may sum in another order
 
 
 def export(model, folder):

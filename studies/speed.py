@@ -1,4 +1,4 @@
-"""Measure the training: an epoch beside the ordinary way, and whole trainings to 99.4 %.
+"""Measure times: of an epoch of ours and of the ordinary way, and of trainings to 99.4 %.
 
     .venv/bin/python studies/speed.py epochs             # half an hour on two idle cores
     .venv/bin/python studies/speed.py goal --seeds 10    # whole trainings
@@ -6,8 +6,8 @@
 
 studies/README.md says what A, B and C are. A shared machine changes its speed. So A and B take turns with C, and their
 time is divided by C's. Half a piece of C runs first, then a piece of A or B, then the other half. On a CPU, an epoch of
-B has ten pieces. A has one, because its workers load images all the time. On a GPU all have one, because each call of
-`train` records a new graph. A measurement that has its row from the same device is skipped.
+B is cut into ten pieces. An epoch of A is not, because its workers load images all the time. On a GPU no epoch is cut,
+because each call of `train` records a new graph. A measurement that has its row from the same device is skipped.
 """
 
 import argparse
@@ -150,7 +150,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.add(buffer, alpha=group["momentum"])
                 if p.ndim > 1:
                     update = orthogonalized(update.flatten(1)).view_as(p)
-                    p.mul_(len(p) ** 0.5 / p.norm())  # in place of weight decay: the norm of orthonormal rows
+                    p.mul_(len(p) ** 0.5 / p.norm())  # instead of weight decay
                 p.sub_(update, alpha=group["lr"])
 
 

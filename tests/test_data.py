@@ -77,7 +77,7 @@ def test_what_is_drawn_depends_on_seed_and_epoch_only():
 
 @pytest.mark.parametrize("images, labels, batch_size", [(3, 2, 1), (2, 3, 1), (2, 2, 0)])
 def test_a_loader_that_cannot_work_is_refused(images, labels, batch_size):
-    with pytest.raises(ValueError, match=f"{images} images, {labels} labels, batches of {batch_size}"):
+    with pytest.raises(ValueError, match=f"{images} images, {labels} labels, batch_size {batch_size}"):
         Loader(torch.zeros(images, 1, 28, 28, dtype=torch.uint8), torch.zeros(labels).long(), batch_size)
 
 

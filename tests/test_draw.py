@@ -151,7 +151,7 @@ def test_the_page_has_the_network_s_activation_and_says_whether_digits_are_uprig
     for relu in (torch.nn.functional.relu, torch.nn.ReLU()):
         assert 'ACTIVATION = "relu"' in page_weights(Net(activation=relu))
     assert "UPRIGHT = false" in page_weights(Net(), upright=False)
-    with pytest.raises(ValueError, match="SiLU or ReLU, not gelu"):
+    with pytest.raises(ValueError, match="one activation, SiLU or ReLU, not gelu"):
         page_weights(Net(activation=torch.nn.functional.gelu))
 
 

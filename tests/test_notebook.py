@@ -180,7 +180,10 @@ def test_handwriting_is_read_and_a_network_without_a_page_goes_on(tmp_path, monk
     assert len(shown[0].axes) == 3 and "<iframe srcdoc=" in shown[1].data
     names["averaged"] = Net(activation=torch.tanh)
     exec(SOURCES[HANDWRITING + 1], names)
-    assert "There is no page to draw on: the drawing page knows SiLU or ReLU, not tanh" in capsys.readouterr().out
+    assert (
+        "There is no page to draw on: the drawing page knows one activation, SiLU or ReLU, not tanh"
+        in capsys.readouterr().out
+    )
     with pytest.raises(ValueError, match="no ink was found"):
         exec(SOURCES[HANDWRITING].replace('picture = ""', 'picture = "digit.png"'), names)
     del sys.modules["draw"]

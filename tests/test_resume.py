@@ -129,7 +129,7 @@ def test_a_file_that_is_damaged_or_of_another_recipe_or_network_is_put_aside(kin
     assert_same(training(tmp_path), whole)
     assert path.with_suffix(".old").read_bytes() == content and not path.exists()
     said = capsys.readouterr().out.splitlines()[-4]  # before the line of each epoch
-    assert said.startswith(f"The training starts at epoch 1, because of {path}: ") and said.endswith("unfinished.old")
+    assert said.startswith(f"Starting at epoch 1. {path} cannot be used: ") and said.endswith("unfinished.old")
     assert ("another recipe or network" in said) == bool(other)
 
 
