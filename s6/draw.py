@@ -86,7 +86,7 @@ def plot_reading(picture, image, probabilities):
     """Return a figure of a picture, the (28, 28) image of it, and the (10,) probabilities."""
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
     left.imshow(_open(picture), cmap="gray", vmin=0, vmax=255)
-    middle.imshow(image, cmap="gray")
+    middle.imshow(np.asarray(image), cmap="gray")
     right.bar(range(10), probabilities.tolist())
     title = f"read as {probabilities.argmax()}, probability {probabilities.max():.1%}"
     right.set(xticks=range(10), ylim=(0, 1), title=title)
