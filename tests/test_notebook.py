@@ -21,6 +21,7 @@ from PIL import Image
 
 from s6.model import Net
 from s6.utils import Recipe, upright
+from studies.common import on
 
 NOTEBOOK, ABLATION = (nbformat.read(ROOT / "notebooks" / name, as_version=4) for name in ("S6.ipynb", "ablation.ipynb"))
 CODE, ABLATION_CODE = ([cell for cell in each.cells if cell.cell_type == "code"] for each in (NOTEBOOK, ABLATION))
@@ -165,6 +166,15 @@ def test_what_is_missing_or_of_another_project_is_named(present, file, tmp_path,
             (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(AssertionError, match=f"^{file} is missing or belongs to another project. Upload our file"):
         modules_in(tmp_path, monkeypatch)
+
+
+def test_an_apple_gpu_does_not_get_channels_last(monkeypatch):
+    """There torch 2.11 to 2.13 computes the gradient of BatchNorm wrongly in channels_last (pytorch/pytorch#175189)."""
+    device = torch.device("mps")
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: device)
+    exec(SOURCES[SETTINGS + 1], names := {"torch": torch, "sys": sys})
+    model = SimpleNamespace(to=lambda device, memory_format: memory_format)
+    assert names["device"] is device and names["layout"] == on(device, model) == torch.preserve_format
 
 
 def test_handwriting_is_read_and_a_network_without_a_page_goes_on(tmp_path, monkeypatch, capsys):
