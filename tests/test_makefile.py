@@ -20,9 +20,9 @@ def make(tmp_path):
         script.write_text(f"#!/bin/sh\n{python}\n", encoding="utf-8")
         script.chmod(0o755)
         (tmp_path / ".venv" / "installed").touch()
-        done = subprocess.run(
-            ["make", *arguments], cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, encoding="utf-8"
-        )
+        env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | env  # of `make test`
+        options = {"cwd": tmp_path, "env": env, "capture_output": True, "encoding": "utf-8"}
+        done = subprocess.run(["make", *arguments], **options)
         return done.returncode, done.stdout + done.stderr
 
     return run
