@@ -119,10 +119,13 @@ def page_weights(model, upright=True):
         raise ValueError(
             f"the drawing page knows one activation, SiLU or ReLU, not {', '.join(activations)}"
         )
-    text = base64.b64encode(torch.cat(weights).numpy()).decode()
-    constants = {"LAYERS": layers, "ACTIVATION": activations.pop(), "UPRIGHT": upright}
-    lines = [f"const {name} = {json.dumps(value)};" for name, value in constants.items()]
-    return "\n".join([*lines, f'const WEIGHTS = "{text}";\n'])
+    constants = {
+        "LAYERS": layers,
+        "ACTIVATION": activations.pop(),
+        "UPRIGHT": upright,
+        "WEIGHTS": base64.b64encode(torch.cat(weights).numpy()).decode(),
+    }
+    return "".join(f"const {name} = {json.dumps(value)};\n" for name, value in constants.items())
 
 
 def drawing_page(model, upright=True):

@@ -96,7 +96,7 @@ def test_mnist_loaders_hold_what_torchvision_reads_normalised_by_its_statistics(
     assert loaders[1].seed is loaders[1].augment is None
 
 
-@pytest.mark.parametrize("kind", ["one byte changed", "no answer"])
+@pytest.mark.parametrize("kind", ["one byte changed", "truncated", "no answer"])
 def test_damaged_files_and_a_failing_download_say_what_to_do_and_nothing_is_deleted(kind, tmp_path, mnist, monkeypatch):
     raw, timeouts = tmp_path / "MNIST" / "raw", []
     shutil.copytree(ROOT / "data" / "MNIST" / "raw", raw)
@@ -104,6 +104,9 @@ def test_damaged_files_and_a_failing_download_say_what_to_do_and_nothing_is_dele
     if kind == "one byte changed":
         labels.write_bytes(labels.read_bytes()[:-1] + b"\x07")
         reason = "a file is damaged"
+    elif kind == "truncated":
+        labels.write_bytes(labels.read_bytes()[:5000])
+        reason = ""  # torchvision's own
     else:
         labels.unlink()
         reason = "the mirrors do not answer"

@@ -50,7 +50,8 @@ def test_readme_shows_the_pictures_of_the_stored_runs():
     curves = base64.b64decode(CODE[CURVES].outputs[-1].data["image/png"])
     assert (ROOT / "notebooks" / "curves.png").read_bytes() == curves
     pictures = re.findall(r"!\[.*\]\((.*\.png)\)", README)
-    assert "notebooks/curves.png" in pictures and all((ROOT / picture).is_file() for picture in pictures)
+    assert pictures == ["docs/draw.png", *(f"notebooks/{name}.png" for name in ("curves", "ablation", "widths"))]
+    assert all((ROOT / picture).is_file() for picture in pictures)
 
 
 def test_readme_s_example_runs(batches, monkeypatch, capsys):
@@ -67,6 +68,7 @@ def test_badges_and_notebooks_have_one_address():
     cloned = re.findall(r"https://github\.com/([^/]+/[\w-]+)(?: S6|\\\")", text)
     assert [name for _, name in badges] == ["S6", "S6", "ablation"] and len(cloned) == 2
     assert len({address for address, _ in badges} | set(cloned)) == 1
+    assert NOTEBOOK.metadata.accelerator == "GPU"  # what Colab offers when it is opened there
 
 
 def requirements(path):
@@ -156,15 +158,20 @@ def test_ablation_clones_the_rows_too_or_says_what_it_needs(tmp_path, repository
 
 
 @pytest.mark.parametrize(
-    ("present", "file"), [({}, "S6/s6/model.py"), ({"utils.py": None}, "model.py"), ({"utils.py": "other"}, "utils.py")]
+    ("present", "foreign", "named"),
+    [
+        ([], None, "S6/s6/model.py"),
+        (["utils.py"], None, "model.py"),
+        (["model.py", "utils.py"], "utils.py", "utils.py"),
+        (["model.py", "utils.py"], "model.py", "model.py"),
+    ],
 )
-def test_what_is_missing_or_of_another_project_is_named(present, file, tmp_path, monkeypatch):
+def test_what_is_missing_or_of_another_project_is_named(present, foreign, named, tmp_path, monkeypatch):
     set_repository("/nowhere", monkeypatch.setenv)
-    for name, content in present.items():
-        copy_modules(tmp_path, ["model.py"] * bool(content) + [name])
-        if content:
-            (tmp_path / name).write_text(content, encoding="utf-8")
-    with pytest.raises(AssertionError, match=f"^{file} is missing or belongs to another project. Upload our file"):
+    copy_modules(tmp_path, present)
+    if foreign:
+        (tmp_path / foreign).write_text("def train(): pass\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match=f"^{named} is missing or belongs to another project. Upload our file"):
         modules_in(tmp_path, monkeypatch)
 
 
