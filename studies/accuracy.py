@@ -65,21 +65,12 @@ UPRIGHT = {  # upright digits with weaker augmentation
 NEXT = {  # the course's next assignment: fewer than 8,000 parameters, at most 15 epochs
     f"{width:g} of the channels, 15 epochs": {"width": width, "epochs": 15} for width in (0.75, 0.875)
 }
-
-
-def as_they_come(variants):
-    """Return the variants of the recipe before the digits were made upright."""
-    return {f"{name}, digits as they come": changes | AS_THEY_COME for name, changes in variants.items()}
-
-
 STUDIES = {
     "choosing": ("50k/10k", {"digits as they come": AS_THEY_COME} | UPRIGHT),
     "report": ("60k/test", {"ours": {}}),
     "ladder": ("60k/test", LADDER),
     "ablation": ("60k/test", {"ours": {}} | ABLATION),
-    "ablation-before": ("60k/test", {"digits as they come": AS_THEY_COME} | as_they_come(ABLATION)),
     "widths": ("60k/test", WIDTHS),
-    "widths-before": ("60k/test", as_they_come(WIDTHS)),
     "next": ("60k/test", NEXT),
 }
 

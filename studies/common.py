@@ -30,7 +30,7 @@ def get_device():
 def about(device):
     """Return the last columns of each row: device, versions, commit."""
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    name = f"{name}, {os.cpu_count()} CPUs, float32"  # earlier rows also say bfloat16
+    name = f"{name}, {os.cpu_count()} CPUs, float32"
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
