@@ -129,7 +129,7 @@ def epochs(path, images):
 
 # The first two were chosen on 50k/10k. On a GPU, Muon would launch too many small operations.
 SCHEDULES = {
-    "cpu": {"epochs": 4, "batch_size": 125, "lr": 0.03, "warmup": 0.1, "sgd_lr": 0.2},
+    "cpu": {"epochs": 3, "batch_size": 125, "lr": 0.03, "warmup": 0.1, "sgd_lr": 0.2},
     "gpu": {"epochs": 8},
     "recipe": {},
 }
