@@ -57,7 +57,9 @@ ABLATION = {  # "no moving average" needs no trials: see "raw accuracies" above
     "pooling one block earlier": {"net": "pooling earlier"},
     "dropout 0.05": {"dropout": 0.05},
 }
-WIDTHS = {f"{width:g} of the channels": {"width": width} for width in (0.375, 0.5, 0.625, 0.75, 0.875, 1.25, 1.375)}
+WIDTHS = {
+    f"{width:g} of the channels": {"width": width} for width in (0.375, 0.5, 0.625, 0.6875, 0.75, 0.875, 1.25, 1.375)
+}
 UPRIGHT = {  # upright digits with weaker augmentation
     f"upright, {degrees}° of rotation, {shear}° of shear": {"degrees": degrees, "shear": shear, "upright": True}
     for degrees, shear in ((7.0, 5.0), (10.0, 0.0), (10.0, 5.0), (7.0, 0.0))

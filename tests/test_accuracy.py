@@ -23,7 +23,7 @@ PARAMETERS = {
     "no BatchNorm, He's first weights, a quarter of the rate": 10_474 - 2 * (8 + 12 + 16 + 8 + 12 + 16 + 16 + 16),
     "no 1×1 transition": 10_474 - 136 - 16 + 8 * 9 * 12,
     "linear layer for the global average": 10_474 - 170 + 1450,
-    **dict(zip(accuracy.WIDTHS, (1_525, 2_762, 4_087, 5_998, 7_889, 16_190, 19_213), strict=True)),
+    **dict(zip(accuracy.WIDTHS, (1_525, 2_762, 4_087, 4_912, 5_998, 7_889, 16_190, 19_213), strict=True)),
     **dict(zip(accuracy.NEXT, (5_998, 7_889), strict=True)),
 }
 
