@@ -1,6 +1,7 @@
 """Read your own digits, from a picture or drawn on a page."""
 
 import base64
+import copy
 import json
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
-from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils import fuse_conv_bn_eval, parameters_to_vector
 
 MEAN, STD = 0.1307, 0.3081  # as in utils.py. Each module works alone
 
@@ -98,32 +100,47 @@ def page_weights(model, upright=True):
     """Return the text of docs/weights.js for `model`, a `Net` or its moving average.
 
     `upright` tells the page whether to make digits upright. The page knows the kinds of layers of
-    `Net`, with any number of channels. Raises ValueError for other layers and activations.
+    `Net`, with any number of channels, SiLU and ReLU. Raises ValueError for another network.
     """
-    activations, layers, weights = set(), [], []
-    for layer in getattr(model, "module", model).eval().layers[:-1]:  # the last takes the mean
+    net = copy.deepcopy(getattr(model, "module", model)).cpu().eval()  # a GPU rounds more
+    layers, activations = [], set()
+    for layer in net.layers[:-1]:  # the last takes the mean
         if isinstance(layer, nn.Sequential) and isinstance(layer[1], nn.BatchNorm2d):
             activation = layer.activation
             activations.add(getattr(activation, "__name__", type(activation).__name__).lower())
             layer = fuse_conv_bn_eval(layer[0], layer[1])
         if isinstance(layer, nn.Conv2d):
-            layers.append([layer.out_channels, layer.in_channels, layer.kernel_size[0]])
             known = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size[0])
         else:
-            layers.append(getattr(layer, "kernel_size", 1))
-            known = nn.MaxPool2d(layers[-1])
+            known = nn.MaxPool2d(getattr(layer, "kernel_size", 1))
         if repr(layer) != repr(known):  # another kind, or another stride, padding, ...
             raise ValueError(f"the drawing page does not know this layer: {layer}")
-        weights += [p.detach().flatten().cpu() for p in layer.parameters()]
+        layers.append(layer)
     if activations not in ({"silu"}, {"relu"}):
         raise ValueError(
             f"the drawing page knows one activation, SiLU or ReLU, not {', '.join(activations)}"
         )
+    activation = activations.pop()
+    # The page computes these scores. A changed `forward`, for example, makes others.
+    images = torch.arange(784.0).sin().view(1, 1, 28, 28)
+    with torch.no_grad():
+        x = images
+        for layer in layers[:-1]:
+            x = layer(x)
+            x = getattr(F, activation)(x) if isinstance(layer, nn.Conv2d) else x
+        scores = layers[-1](x).mean((2, 3))
+        same = torch.allclose(F.log_softmax(scores, 1), net(images), atol=1e-4)
+    if not same or not isinstance(layers[-1], nn.Conv2d):
+        raise ValueError("the drawing page needs blocks, then one convolution, as in Net")
+    weights = parameters_to_vector(nn.Sequential(*layers).parameters()).detach().numpy()
     constants = {
-        "LAYERS": layers,
-        "ACTIVATION": activations.pop(),
+        "LAYERS": [
+            [*layer.weight.shape[:3]] if isinstance(layer, nn.Conv2d) else layer.kernel_size
+            for layer in layers
+        ],
+        "ACTIVATION": activation,
         "UPRIGHT": upright,
-        "WEIGHTS": base64.b64encode(torch.cat(weights).numpy()).decode(),
+        "WEIGHTS": base64.b64encode(weights).decode(),
     }
     return "".join(f"const {name} = {json.dumps(value)};\n" for name, value in constants.items())
 

@@ -1,8 +1,10 @@
 """The drawing page in headless Chrome or Chromium: `make test-browser`."""
 
 import base64
+import copy
 import html
 import io
+import json
 import re
 import shutil
 
@@ -14,58 +16,54 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from test_draw import WEIGHTS, network_in
 
-from s6.draw import classify, drawing_page, read_picture
+from s6.draw import MEAN, STD, classify, drawing_page, read_picture
+from s6.model import ConvBlock, Net
 from s6.utils import load_mnist, upright
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-# Each digit as strokes of a hand, in a square of 100.
-DIGITS = {
-    0: [[(50, 4), (28, 12), (15, 34), (13, 60), (22, 84), (42, 96), (64, 90), (79, 68), (81, 42), (72, 17), (54, 5)]],
-    1: [[(38, 20), (56, 4), (54, 36), (52, 68), (50, 97)]],
-    2: [[(18, 26), (27, 9), (48, 3), (67, 10), (72, 28), (62, 48), (42, 68), (15, 95), (40, 93), (64, 93), (86, 95)]],
-    3: [[(20, 12), (42, 4), (64, 9), (69, 25), (57, 40), (38, 47), (62, 53), (75, 69), (69, 88), (46, 97), (18, 89)]],
-    4: [[(34, 4), (26, 29), (16, 54), (44, 56), (83, 52)], [(66, 27), (62, 60), (58, 98)]],
-    5: [[(74, 6), (50, 6), (28, 8), (25, 28), (22, 46), (44, 42), (66, 50), (73, 68), (63, 88), (42, 97), (18, 92)]],
-    6: [[(66, 4), (46, 15), (28, 37), (18, 62), (23, 86), (42, 97), (64, 92), (71, 74), (59, 59), (40, 59), (24, 73)]],
-    7: [[(14, 10), (40, 8), (66, 6), (82, 8), (70, 34), (56, 62), (44, 97)]],
-    8: [
-        [(68, 16), (50, 4), (32, 12), (32, 30), (50, 46), (68, 64), (70, 84), (52, 97), (32, 90), (28, 70)],
-        [(28, 70), (46, 50), (66, 32), (70, 18)],
-    ],
-    9: [[(72, 20), (54, 5), (33, 12), (25, 32), (36, 47), (56, 45), (72, 28), (74, 14), (72, 44), (66, 72), (57, 97)]],
-}
 PAGE = (ROOT / "docs" / "index.html").as_uri()
-DESK, PHONE = {"width": 720, "height": 430}, {"width": 360, "height": 640}
+SCREENS = {"desk": (1280, 720), "phone": (360, 640)}
+# The outlined [top, left, size] of elements that have one, in shares of their side.
+OUTLINES = """elements => elements.filter(element => element.style.getPropertyValue("--traced")).map(element =>
+    ["--y", "--x", "--size"].map(name => parseFloat(element.style.getPropertyValue(name))))"""
+# Each digit as strokes of a hand, in a square of 100.
+DIGITS = json.loads((ROOT / "tests" / "digits.json").read_text(encoding="utf-8"))
 
 
 class Hand:
     """A mouse, or a finger, above the paper in a page or in a frame of it."""
 
-    def __init__(self, page, frame, touch):
-        self.page, self.frame, self.paper = page, frame, frame.locator("#paper")
+    def __init__(self, page, frame=None, touch=False):
+        self.page, self.find = page, (frame or page).locator
         self.devtools = page.context.new_cdp_session(page) if touch else None
 
-    def stroke(self, points):
-        if self.devtools:
-            for kind, point in zip(["touchStart"] + ["touchMove"] * len(points), points[:1] + points, strict=True):
-                touches = [{"x": point[0], "y": point[1]}]
-                self.devtools.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": touches})
-            self.devtools.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-        else:
-            self.page.mouse.move(*points[0])
-            self.page.mouse.down()
-            for point in points[1:]:
-                self.page.mouse.move(*point, steps=3)
-            self.page.mouse.up()
+    def strokes(self, digit, size=0.8, left=0.1, top=0.1):
+        """Return the places of each stroke on the screen; size, left and top are shares of the paper's side."""
+        box = self.find("#paper").bounding_box()
+        x0, y0, scale = box["x"] + box["width"] * left, box["y"] + box["width"] * top, box["width"] * size / 100
+        return [[(x0 + scale * x, y0 + scale * y) for x, y in stroke] for stroke in DIGITS[digit]]
 
-    def draw(self, digit, size=0.8, left=0.1, top=0.1):
-        """Draw on an empty paper; size and place as shares of its side."""
-        self.frame.get_by_role("button", name="Clear").click()
-        box = self.paper.bounding_box()
-        for stroke in DIGITS[digit]:
-            place = ((left + size * x / 100, top + size * y / 100) for x, y in stroke)
-            self.stroke([(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in place])
-        expect(self.frame.locator("#verdict")).to_have_text(re.compile(rf"^Read as {digit}, with [\d.]+ %$"))
+    def draw(self, digit, *where):
+        self.find("#clear").click()
+        for points in self.strokes(digit, *where):
+            if self.devtools:
+                for kind, (x, y) in zip(["touchStart"] + ["touchMove"] * len(points), points[:1] + points, strict=True):
+                    self.devtools.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
+                self.devtools.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+            else:
+                self.page.mouse.move(*points[0])
+                self.page.mouse.down()
+                for point in points[1:]:
+                    self.page.mouse.move(*point, steps=3)
+                self.page.mouse.up()
+        expect(self.find("#verdict")).to_have_text(re.compile(rf"^Read as {digit}, with [\d.]+ %$"))
+
+    def expect_blank(self):
+        expect(self.find("#verdict")).to_have_text("Draw a digit, 0 to 9")
+        assert set(self.page.evaluate("bars.map(bar => bar.querySelector('i').style.height)")) == {"0px"}
+
+    def expect_pixel(self, name, row, column):
+        expect(self.find("#sentence")).to_have_text(re.compile(f"^{name}, row {row}, column {column}: "))
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +73,20 @@ def browser():
         yield playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
 
 
-@pytest.fixture(params=["desk", "phone"])
+@pytest.fixture(params=SCREENS)
 def hand(request, browser):
-    touch = request.param == "phone"
-    scheme = "dark" if touch else "light"
-    context = browser.new_context(viewport=PHONE if touch else DESK, has_touch=touch, color_scheme=scheme)
-    page, requests = context.new_page(), []
+    touch, (width, height) = request.param == "phone", SCREENS[request.param]
+    screen = {"viewport": {"width": width, "height": height}, "color_scheme": "dark" if touch else "light"}
+    page, requests, errors = browser.new_context(has_touch=touch, **screen).new_page(), [], []
     page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(error))
     page.goto(PAGE)
-    yield Hand(page, page.main_frame, touch)
-    assert requests == [PAGE, PAGE.replace("index.html", "weights.js")], "nothing leaves the page"
-    width, height = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
-    assert width <= page.viewport_size["width"] and height <= page.viewport_size["height"], "it fits on the screen"
+    yield Hand(page, touch=touch)
+    assert (requests, errors) == ([PAGE, PAGE.replace("index.html", "weights.js")], []), "nothing leaves the page"
+    sizes = "[scrollX + scrollY, document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
+    assert page.evaluate(sizes) == [0, width, height]
     page.screenshot(path=ROOT / "build" / f"draw-{request.param}.png")
-    context.close()
+    page.context.close()
 
 
 PLACES = {"large": (0.8, 0.1, 0.1), "small": (0.25, 0.4, 0.35), "corner": (0.3, 0.02, 0.68)}  # size, left, top
@@ -96,65 +94,174 @@ PLACES = {"large": (0.8, 0.1, 0.1), "small": (0.25, 0.4, 0.35), "corner": (0.3, 
 
 @pytest.mark.parametrize("where", PLACES.values(), ids=PLACES)
 def test_all_ten_digits_are_read_and_made_ready_as_read_picture_does(hand, where):
-    for digit in DIGITS:
+    for digit in range(10):
         hand.draw(digit, *where)
         drawing = hand.page.evaluate("paper.toDataURL()").split(",")[1]
         seen = np.array(hand.page.evaluate("Array.from(prepare())")).reshape(28, 28)
         expected = torch.tensor(read_picture(Image.open(io.BytesIO(base64.b64decode(drawing)))))
         difference = abs(seen - upright(expected.view(1, 1, 28, 28)).numpy()[0, 0])
         assert difference.max() <= 24 and difference.mean() < 1, f"{digit}: {difference.max()}, {difference.mean()}"
-    assert hand.page.evaluate("scrollX + scrollY") == 0
+    assert hand.page.evaluate("$('net').scrollTop") == 0, "drawing does not scroll"
 
 
 def test_undo_and_clear_down_to_the_empty_paper(hand):
-    def nothing():
-        expect(hand.frame.locator("#verdict")).to_have_text("Draw a digit, 0 to 9")
-        assert set(hand.page.evaluate("bars.map(bar => bar.style.height)")) == {"0px"}
-        assert not hand.page.evaluate("seen.getImageData(0, 0, 28, 28).data.some(v => v)")
-
-    nothing()
-    hand.draw(4)
-    undo, clear = (hand.frame.get_by_role("button", name=name) for name in ("Undo", "Clear"))
-    before = hand.frame.locator("#verdict").inner_text()
-    undo.click()
-    expect(hand.frame.locator("#verdict")).not_to_have_text(before)
-    undo.click()
-    nothing()
-    undo.click()  # of nothing
-    hand.paper.click()
-    expect(hand.frame.locator("#verdict")).to_contain_text("Read as")
-    hand.draw(3)
-    clear.click()
-    nothing()
+    hand.expect_blank()
+    hand.draw(4)  # of two strokes
+    hand.find("#undo").click()
+    expect(hand.find("#verdict")).not_to_contain_text("as 4")
+    for _ in range(2):  # the second of nothing
+        hand.find("#undo").click()
+        hand.expect_blank()
+    hand.find("#paper").click()
+    expect(hand.find("#verdict")).to_contain_text("Read as")
     hand.draw(5)
+
+
+FAULTS = {
+    "no coalesced events": "PointerEvent.prototype.getCoalescedEvents = () => []",
+    "no capture": "Element.prototype.setPointerCapture = () => { throw new DOMException('no', 'NotFoundError') }",
+    "noise": "CanvasRenderingContext2D.prototype.getImageData = () => { throw Error('the page must not read noise') }",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_drawing_in_a_browser_that_gives(fault, browser):
+    page = browser.new_page()
+    page.add_init_script(fault)
+    page.goto(PAGE)
+    Hand(page).expect_blank()
+    for digit in (4, 7):
+        Hand(page).draw(digit)
+
+
+def test_a_pen_takes_over_from_a_palm_and_a_second_finger_does_nothing(browser):
+    page = browser.new_page()
+    page.goto(PAGE)
+
+    def send(*event):
+        """Return the number of strokes after the event."""
+        return page.evaluate(
+            """([pointerId, pointerType, kind, clientX, clientY]) => {
+                const properties = { pointerId, pointerType, clientX, clientY, buttons: 1, bubbles: true };
+                paper.dispatchEvent(new PointerEvent("pointer" + kind, properties));
+                return strokes.length; }""",
+            event,
+        )
+
+    palm, pen, finger = (7, "touch"), (8, "pen"), (9, "touch")
+    assert send(*palm, "down", 300, 300) == 1
+    for i, place in enumerate(Hand(page).strokes(7)[0]):
+        assert send(*pen, "move" if i else "down", *place) == 1
+        assert send(*palm, "move", 290, 290) == send(*finger, "down", 50, 300) == 1
+    expect(page.locator("#verdict")).to_contain_text("Read as 7")
+    assert send(*pen, "up", 200, 300) == 1 and send(*finger, "down", 200, 200) == 2
+    assert send(*finger, "cancel", 200, 200) == 1, "the system took it for a palm"
 
 
 def test_its_forward_pass_is_torch_s(browser):
     page = browser.new_page()
     page.goto(PAGE)
-    images, labels = load_mnist(ROOT / "data", train=False)
-    images = upright(images)
+    images = upright(load_mnist(ROOT / "data", train=False)[0])
     expected, wanted = classify(network_in(WEIGHTS), images[:, 0])
     run = """text => {
-        const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0)), start = performance.now(), all = [];
+        const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0)), all = [];
         for (let i = 0; i < bytes.length; i += 784) all.push(classify(bytes.subarray(i, i + 784)));
-        return [(performance.now() - start) / all.length, all];
-    }"""
-    milliseconds, probabilities = page.evaluate(run, base64.b64encode(images.numpy()).decode())
-    probabilities = torch.tensor(probabilities)
-    print(f"{milliseconds:.1f} ms an image, {100 * (probabilities.argmax(1) == labels).float().mean():.2f} %")
+        return all; }"""
+    probabilities = torch.tensor(page.evaluate(run, base64.b64encode(images.numpy()).decode()))
     assert len(probabilities) == 10_000 and torch.equal(probabilities.argmax(1), expected)
     assert (probabilities - wanted).abs().max() < 1e-4
 
 
+def other_network():
+    """Two poolings, other channels and kernels, ReLU."""
+    torch.manual_seed(0)
+    net, sizes = Net(), [(1, 20, 5), (20, 6, 3), None, (6, 24, 3), None, (24, 7, 2)]
+    blocks = [ConvBlock(*size, 0.0, torch.nn.ReLU()) if size else torch.nn.MaxPool2d(2) for size in sizes]
+    net.layers = torch.nn.Sequential(*blocks, torch.nn.Conv2d(7, 10, 1), torch.nn.AvgPool2d(3))
+    net(torch.randn(64, 1, 28, 28))  # for the statistics of BatchNorm
+    return net.eval()
+
+
+def maps_of(net, x):
+    """Return the images x, then the maps of each convolution."""
+    maps = [x]
+    for layer in net.layers[:-1]:
+        x = layer(x)
+        maps += [] if isinstance(layer, (torch.nn.MaxPool2d, torch.nn.AvgPool2d)) else [x]
+    return maps
+
+
+@pytest.mark.parametrize("network", [lambda: network_in(WEIGHTS), other_network], ids=["stored", "other"])
+def test_outlines_are_exact_and_numbers_are_torch_s(network, browser):
+    net, generator, page = network(), np.random.default_rng(0), browser.new_page()
+    page.set_content(drawing_page(net))
+    page.evaluate("keep([[[80, 60], [330, 70], [240, 200], [180, 360]], [[150, 210], [300, 220]]])")
+    image = torch.tensor(page.evaluate("Array.from((update(), prepare()))")).view(1, 1, 28, 28)
+    maps = maps_of(net, (image / 255 - MEAN) / STD)
+    # In a network of positive numbers, with the mean as pooling, the gradient is positive at each pixel that is seen.
+    positive = copy.deepcopy(net).double()
+    positive.layers = torch.nn.Sequential(
+        *(torch.nn.AvgPool2d(2) if isinstance(layer, torch.nn.MaxPool2d) else layer for layer in positive.layers)
+    )
+    for parameter in positive.parameters():
+        parameter.data.abs_()
+    positive = maps_of(positive, torch.ones(1, 1, 28, 28, dtype=torch.float64, requires_grad=True))
+    for n, values in enumerate(maps[1:]):
+        for channel, y, x in generator.integers(values.shape[1:], size=(12, 3)).tolist():
+            page.evaluate("pixel => hold(pixel)", {"n": n, "channel": channel, "y": y, "x": x})
+            text = page.locator("#sentence").inner_text().replace("−", "-")
+            assert f": {round(values[0, channel, y, x].item(), 2) + 0.0:.2f}\n" in text
+            bias, total = (float(re.search(words + r" (-?\d+\.\d\d)", text)[1]) for words in ("bias", "make"))
+            sums = [float(term.replace("−", "-")) for term in page.locator("figcaption").all_inner_texts()]
+            assert abs(sum(sums) + bias - total) < 0.005 * (len(sums) + 2)
+            pixel, squares = (page.eval_on_selector_all(name, OUTLINES) for name in (".map:not(#seen)", "#seen, .row"))
+            assert np.allclose(np.array(pixel) * values.shape[3], [[y, x, 1]] * 2), "in the map and its enlargement"
+            gradients = torch.autograd.grad(positive[n + 1][0, channel, y, x], positive[: n + 1], retain_graph=True)
+            for gradient, square in zip(gradients, squares, strict=True):
+                top, left, size = np.rint(np.array(square) * gradient.shape[3]).astype(int)
+                inside = torch.zeros_like(gradient[0, 0], dtype=bool)
+                inside[top : top + size, left : left + size] = True
+                assert torch.equal(gradient[0].sum(0) > 0, inside)
+    page.keyboard.press("Escape")
+    assert page.locator("[style*=traced]").count() == 0
+
+
+def test_a_pixel_is_traced_by_mouse_finger_and_keys(hand):
+    hand.draw(3)
+    assert hand.find(".row").nth(2).bounding_box()["y"] < hand.page.viewport_size["height"] - 40
+    canvas = hand.find(".row").nth(4).locator("canvas").nth(2)  # of 9 x 9 pixels
+    pixel = canvas.bounding_box()["width"] / 9
+    place = {"x": 3.5 * pixel, "y": 5.5 * pixel}
+    if hand.devtools:
+        canvas.tap(position=place)
+    else:
+        canvas.hover(position={"x": 1, "y": 1})
+        hand.expect_pixel("Block 5, map 3", 1, 1)
+        canvas.click(position=place)
+        canvas.hover(position={"x": 1, "y": 1})  # the clicked one is kept
+    hand.expect_pixel("Block 5, map 3", 6, 4)
+    hand.find("#net").focus()
+    for key in ("ArrowLeft", "ArrowUp", "Shift+ArrowDown", "Shift+ArrowRight"):
+        hand.page.keyboard.press(key)
+    hand.expect_pixel("Block 6, map 4", 5, 3)
+    kept = hand.find("#sentence").inner_text()
+    hand.draw(5)
+    expect(hand.find("#sentence")).not_to_have_text(kept)  # it follows the pen
+    hand.expect_pixel("Block 6, map 4", 5, 3)
+    hand.find("#close").click()
+    expect(hand.find("#spot")).to_be_hidden()
+    hand.find("#bars canvas").nth(3).click()
+    hand.expect_pixel("Score of 3", 2, 2)
+
+
 def test_in_the_frames_of_a_notebook_s_output(browser):
     """Colab shows a cell's output in a sandboxed frame; the notebook puts the page into one of its own."""
-    page = browser.new_page(viewport={"width": 1000, "height": 700})
+    page = browser.new_page(viewport={"width": 1000, "height": 800})
     drawing = html.escape(drawing_page(network_in(WEIGHTS)))
-    output = f'<div><iframe srcdoc="{drawing}" width="100%" height="480" frameborder="0"></iframe></div>'
-    outer = f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(output)}" width="900" height="600"></iframe>'
-    page.set_content(outer)
-    frame = page.frame_locator("iframe").frame_locator("iframe")
-    hand = Hand(page, frame, touch=False)
+    output = f'<div><iframe srcdoc="{drawing}" width="100%" height="760" frameborder="0"></iframe></div>'
+    page.set_content(f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(output)}" width="980" height="790">')
+    hand = Hand(page, page.frame_locator("iframe").frame_locator("iframe"))
     hand.draw(8)
+    hand.find("#bars canvas").nth(8).click()
+    assert hand.find("html").evaluate("html => html.scrollHeight") <= 760
     page.screenshot(path=ROOT / "build" / "draw-output.png")

@@ -1,6 +1,7 @@
 """Pictures of digits come out as MNIST has them, the bad ones with a sentence; the page carries the network."""
 
 import base64
+import copy
 import json
 import re
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from s6 import utils
 from s6.draw import MEAN, STD, classify, drawing_page, page_weights, plot_reading, read_picture
-from s6.model import Net
+from s6.model import ConvBlock, Net
 
 WEIGHTS = (ROOT / "docs" / "weights.js").read_text(encoding="utf-8")
 
@@ -169,6 +170,29 @@ def test_a_layer_that_the_page_cannot_compute_is_refused(place, layer):
     net = Net()
     net.layers[place] = layer
     with pytest.raises(ValueError, match="does not know this layer"):
+        page_weights(net)
+
+
+class Residual(ConvBlock):
+    def forward(self, x):
+        return x[:, :8] + super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: layers.__setitem__(4, Residual(16, 8, 1, 0.0, torch.nn.functional.silu)),
+        lambda layers: layers.__setitem__(4, torch.nn.Conv2d(16, 8, 1)),
+        lambda layers: layers.__setitem__(9, ConvBlock(16, 10, 1, 0.0, torch.nn.functional.silu)),
+        lambda layers: layers.insert(10, torch.nn.MaxPool2d(1)),
+        lambda layers: layers.__setitem__(10, torch.nn.AdaptiveMaxPool2d(1)),
+    ],
+    ids=["residual", "no activation", "activation at the end", "pooling at the end", "maximum of the places"],
+)
+def test_a_network_that_the_page_would_compute_wrongly_is_refused(change, network):
+    net = copy.deepcopy(network)
+    change(net.layers)
+    with pytest.raises(ValueError, match="needs blocks, then one convolution, as in Net"):
         page_weights(net)
 
 
