@@ -100,29 +100,30 @@ def page_weights(model, upright=True):
     """Return the text of docs/weights.js for `model`, a `Net` or its moving average.
 
     `upright` tells the page whether to make digits upright. The page knows the kinds of layers of
-    `Net`, with any number of channels, SiLU and ReLU. Raises ValueError for another network.
+    `Net`, any number of channels, SiLU and ReLU. Raises ValueError for another network.
     """
     net = copy.deepcopy(getattr(model, "module", model)).cpu().eval()  # a GPU rounds more
-    layers, activations = [], set()
+    layers, entries, activations = [], [], set()
     for layer in net.layers[:-1]:  # the last takes the mean
-        if isinstance(layer, nn.Sequential) and isinstance(layer[1], nn.BatchNorm2d):
-            activation = layer.activation
+        parts = [*layer.children()][:2]
+        if [type(part) for part in parts] == [nn.Conv2d, nn.BatchNorm2d]:
+            activation = getattr(layer, "activation", None)
             activations.add(getattr(activation, "__name__", type(activation).__name__).lower())
-            layer = fuse_conv_bn_eval(layer[0], layer[1])
+            layer = fuse_conv_bn_eval(*parts)
+        entry = int(np.max(getattr(layer, "kernel_size", 1)))
+        known = nn.MaxPool2d(entry)
         if isinstance(layer, nn.Conv2d):
-            known = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size[0])
-        else:
-            known = nn.MaxPool2d(getattr(layer, "kernel_size", 1))
+            known = nn.Conv2d(layer.in_channels, layer.out_channels, entry)
+            entry = [layer.out_channels, layer.in_channels, entry]
         if repr(layer) != repr(known):  # another kind, or another stride, padding, ...
             raise ValueError(f"the drawing page does not know this layer: {layer}")
         layers.append(layer)
-    if activations not in ({"silu"}, {"relu"}):
-        raise ValueError(
-            f"the drawing page knows one activation, SiLU or ReLU, not {', '.join(activations)}"
-        )
-    activation = activations.pop()
+        entries.append(entry)
+    activation = ", ".join(sorted(activations))
+    if activation not in ("silu", "relu"):
+        raise ValueError(f"the drawing page knows one activation, SiLU or ReLU, not {activation}")
     # The page computes these scores. A changed `forward`, for example, makes others.
-    images = torch.arange(784.0).sin().view(1, 1, 28, 28)
+    images = 3 * torch.arange(784.0).sin().view(1, 1, 28, 28)
     with torch.no_grad():
         x = images
         for layer in layers[:-1]:
@@ -134,10 +135,7 @@ def page_weights(model, upright=True):
         raise ValueError("the drawing page needs blocks, then one convolution, as in Net")
     weights = parameters_to_vector(nn.Sequential(*layers).parameters()).detach().numpy()
     constants = {
-        "LAYERS": [
-            [*layer.weight.shape[:3]] if isinstance(layer, nn.Conv2d) else layer.kernel_size
-            for layer in layers
-        ],
+        "LAYERS": entries,
         "ACTIVATION": activation,
         "UPRIGHT": upright,
         "WEIGHTS": base64.b64encode(weights).decode(),

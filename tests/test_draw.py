@@ -161,6 +161,8 @@ def test_the_page_has_the_network_s_activation_and_says_whether_digits_are_uprig
     [
         (3, torch.nn.AvgPool2d(2)),
         (3, torch.nn.MaxPool2d(2, stride=1)),
+        (3, torch.nn.MaxPool2d((2, 2))),
+        (4, torch.nn.Sequential(torch.nn.Conv2d(16, 8, 1))),
         (4, torch.nn.Conv2d(16, 8, 1, stride=2)),
         (4, torch.nn.Conv2d(16, 8, 1, bias=False)),
         (4, torch.nn.Sequential(torch.nn.Conv2d(16, 8, 1), torch.nn.GroupNorm(1, 8))),
