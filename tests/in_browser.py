@@ -113,6 +113,9 @@ def test_undo_and_clear_down_to_the_empty_paper(hand):
     for _ in range(2):  # the second of nothing
         hand.find("#undo").click()
         hand.expect_blank()
+    hand.page.evaluate("redraw([[[-6.6, 200]]]); update()")  # a dot outside, of which only a grey rim is on the paper
+    hand.expect_blank()
+    hand.find("#clear").click()
     hand.find("#paper").click()
     expect(hand.find("#verdict")).to_contain_text("Read as")
     hand.draw(5)
