@@ -123,9 +123,8 @@ def page_weights(model, upright=True):
     if activation not in ("silu", "relu"):
         raise ValueError(f"the drawing page knows one activation, SiLU or ReLU, not {activation}")
     # The page computes these scores. A changed `forward`, for example, makes others.
-    images = 3 * torch.arange(784.0).sin().view(1, 1, 28, 28)
+    x = images = 3 * torch.arange(784.0).sin().view(1, 1, 28, 28)
     with torch.no_grad():
-        x = images
         for layer in layers[:-1]:
             x = layer(x)
             x = getattr(F, activation)(x) if isinstance(layer, nn.Conv2d) else x
