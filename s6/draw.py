@@ -11,57 +11,121 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
+from scipy.ndimage import distance_transform_edt, gaussian_filter, maximum_filter, uniform_filter
+from skimage.filters import threshold_otsu
+from skimage.measure import label, regionprops
 from torch.nn.utils import fuse_conv_bn_eval, parameters_to_vector
 
 MEAN, STD = 0.1307, 0.3081  # as in utils.py. Each module works alone
 
 
 def _open(picture):
-    """Return a grey PIL image of at most 400 x 400. Transparent parts become white."""
+    """Return the grey levels of a picture, (H, W) uint8, with at most 400 rows and columns."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 200_000_000  # a telephone's
     try:
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture.astype(np.uint8, casting="safe"))
-        picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+        elif not isinstance(picture, Image.Image):
+            picture = Image.open(picture)
+            picture.draft("L", (400, 400))  # decodes a JPEG at a fraction of its size
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode[0] in "IF":  # 16 or 32 bits. We take the lightest pixel for white
+            levels = np.asarray(picture, np.float32)
+            picture = Image.fromarray(np.uint8(np.interp(levels, (0, levels.max()), (0, 255))))
+        picture = picture.convert("RGBA")
         picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("L")
+        grey, alpha = np.moveaxis(np.asarray(picture.convert("LA"), np.float32), 2, 0)
+        # Transparent parts become paper: black under light ink, white under dark ink.
+        paper = 0 if np.average(grey, weights=alpha) > 127 else 255
+        return np.uint8(paper + (grey - paper) * alpha / 255)
     except Exception as error:  # such as no picture, or half of one
         raise ValueError(
             f"this is not a readable picture, such as a JPEG or PNG: {error}"
         ) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _local_mean(values):
+    width = 2 * int(0.15 * max(values.shape)) + 1
+    for _ in range(2):  # two boxes weigh about as a Gaussian does
+        values = uniform_filter(values, width, mode="nearest")
+    return values
+
+
+def _thickness(mask):
+    return distance_transform_edt(mask)[mask].mean()
+
+
+def _extent(region):
+    return max(region.image.shape)
+
+
+def _find_digit(grey):
+    """Return how much darker than the paper each pixel is, 0 to 1, and which are the digit's.
+
+    Both are (H, W), as `grey` is. Light on dark is inverted first. Raises ValueError without a
+    digit, or with more than one.
+    """
+    contrast = gaussian_filter(_local_mean(grey) - grey, 0.7)  # grain is no ink
+    ink = contrast > threshold_otsu(contrast)
+    if not ink.any():
+        raise ValueError("no ink was found: the picture has one colour")
+    if _thickness(ink) > _thickness(~ink):  # strokes are thin, so this is light ink on dark paper
+        grey, contrast, ink = 255 - grey, -contrast, ~ink
+    # Now we know where the ink is, so we can leave it out of the grey of the paper.
+    paper = ~maximum_filter(ink, 5) + 1e-3
+    level = _local_mean(grey * paper) / _local_mean(paper)
+    darker = 1 - (grey + 1) / (level + 1)  # a share of the paper's grey: shadows darken both
+    smooth = gaussian_filter(darker, 0.7)
+    ink = smooth > threshold_otsu(smooth)
+    if np.median(contrast[ink]) < 18:  # of 255 levels. The edge of a shadow has less
+        raise ValueError("no ink was found, or it is too pale: use a darker pen, or more light")
+
+    # A table or a printed line reaches the border. A digit does so only in a tight crop.
+    names = label(ink)
+    sides = names[0], names[-1], names[:, 0], names[:, -1]
+    every = regionprops(names)
+    regions = [r for r in every if not any(r.label in side for side in sides)]
+    if max(map(_extent, regions), default=0) < 0.1 * max(ink.shape):
+        # A table covers a whole side. Squared paper has more holes than a digit.
+        tables = [side[0] for side in sides if (side == side[0]).all()]
+        regions = [r for r in every if r.label not in tables and r.euler_number > -3]
+    largest = max(regions, key=_extent, default=None)
+    if largest is None or _extent(largest) < 0.02 * max(ink.shape):
+        raise ValueError("no digit was found: write it larger, and leave some paper around it")
+    # A printed frame holds the digit.
+    inside = names[largest.slice][largest.image_filled & ~largest.image]
+    framed = [r for r in regions if r.label in inside and _extent(r) > 0.2 * _extent(largest)]
+    regions = framed or regions
+    largest = max(regions, key=_extent)
+
+    # Strokes that are close belong to the same digit. Another digit is as high, and to the side.
+    reach, digit = _extent(largest), [largest.label]
+    for _ in range(2):
+        near = maximum_filter(np.isin(names, digit), (reach | 1, int(0.4 * reach) | 1))
+        digit = [r.label for r in regions if near[tuple(r.coords.T)].any()]
+    height = len(largest.image)
+    if any(len(r.image) > 0.5 * height for r in regions if r.label not in digit):
+        raise ValueError("more than one digit was found: let one fill the picture")
+    return darker, np.isin(names, digit)
 
 
 def read_picture(picture):
     """Return the digit in a picture as MNIST would have it: (28, 28) uint8, light on black.
 
-    The picture is cut to the ink. The longer side is scaled to 20 pixels. The centre of mass moves
-    to the middle (LeCun et al., "Gradient-based learning applied to document recognition", 1998).
-    Everything that is not paper counts as ink.
+    The picture is cut to the digit. The longer side is scaled to 20 pixels. The centre of mass
+    moves to the middle (LeCun et al., "Gradient-based learning applied to document recognition",
+    1998).
 
     `picture` is a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). The digit may
-    be dark on light or light on dark. It needs more paper than ink. Raises ValueError without a
-    picture or without ink.
+    be dark on light or light on dark. Raises ValueError without a picture, without a digit, or with
+    more than one.
     """
-    # Light may come from one side. So we fit a plane to the grey of the paper, five times. Each fit
-    # leaves out the pixels that were far from the plane before.
-    grey = np.asarray(_open(picture), np.float32)
-    terms = np.stack([np.ones_like(grey), *np.indices(grey.shape)], -1)
-    paper = np.full(grey.shape, True)
-    for _ in range(5):
-        known = terms[paper]
-        residual = (
-            grey - terms @ np.linalg.lstsq(known.T @ known, known.T @ grey[paper], rcond=None)[0]
-        )
-        noise = np.median(abs(residual[paper]))
-        paper = abs(residual) <= 2 * noise + 1
-    residual = residual if residual.sum() > 0 else -residual  # from here on, ink is positive
-    ink = residual > max(25, 8 * noise)
-    if not ink.any():
-        raise ValueError(
-            "no ink was found: let the paper fill the picture, go closer, or use a thicker pen"
-        )
+    darker, ink = _find_digit(_open(picture).astype(np.float32))
+    darker = np.where(maximum_filter(ink, 5), darker, 0)
     # The edge of a stroke is at half the level of ink. Everything far below becomes 0.
-    ink = np.clip((residual / np.quantile(residual[ink], 0.9) - 0.3) / 0.4, 0, 1)
+    ink = np.clip((darker / np.quantile(darker[ink], 0.9) - 0.3) / 0.4, 0, 1)
     rows, columns = (np.flatnonzero((ink >= 0.5).any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     margin = max(ink.shape)

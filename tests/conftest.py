@@ -1,4 +1,7 @@
+import base64
+import json
 import os
+import re
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: no bars among the tests' output
@@ -9,11 +12,13 @@ import pytest
 import torch
 
 from s6 import utils
+from s6.model import Net
 from s6.utils import Loader, load_mnist, test
 
 test.__test__ = False  # a function of the product, whatever its name
 torch.set_num_threads(1)  # for batches as small as the tests', a second thread costs more than it gives
 ROOT = Path(__file__).parent.parent
+WEIGHTS = (ROOT / "docs" / "weights.js").read_text(encoding="utf-8")
 
 
 def run_training_cell(names):
@@ -41,3 +46,29 @@ def random_images(count):
 def batches():
     """A loader of 70 random images in batches of 16, the last one of 6, in an order that stays."""
     return Loader(*random_images(70), batch_size=16)
+
+
+def network_in(text):
+    """The network in weights.js. Its BatchNorms have no effect, because they are in the convolutions."""
+    constants = {name: json.loads(value) for name, value in re.findall("const ([A-Z]+) = (.*);\n", text)}
+    weights = torch.frombuffer(bytearray(base64.b64decode(constants["WEIGHTS"])), dtype=torch.float32)
+    net, layers = Net(), constants["LAYERS"]
+    assert (constants["ACTIVATION"], constants["UPRIGHT"], len(constants)) == ("silu", True, 4)
+    convolutions = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
+    shapes = [list(conv.weight.shape)[:3] for conv in convolutions]
+    assert layers == [*shapes[:3], 2, *shapes[3:]]
+    with torch.no_grad():
+        for conv in convolutions:
+            for part in (conv.weight, conv.bias):
+                part.copy_(weights[: part.numel()].view_as(part))
+                weights = weights[part.numel() :]
+        for norm in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+            norm.running_var.fill_(1 - norm.eps)
+    assert not len(weights)
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
+def network():
+    """The trained network of the drawing page. Its BatchNorms are folded into the convolutions."""
+    return network_in(WEIGHTS)

@@ -11,10 +11,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, WEIGHTS, network_in
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
-from test_draw import WEIGHTS, network_in
 from torch import nn
 
 from s6.draw import MEAN, STD, classify, drawing_page, read_picture

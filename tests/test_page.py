@@ -1,0 +1,73 @@
+"""The drawing page carries the network, and refuses one that it cannot compute."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ROOT, network_in
+
+from s6 import utils
+from s6.draw import classify, drawing_page, page_weights
+from s6.model import ConvBlock, Net
+
+
+def test_the_weights_of_the_page_are_the_network_s_batch_normalisation_folded(batches):
+    torch.manual_seed(0)
+    net = Net()
+    for norm in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        for part in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+            part.uniform_(0.5, 1.5)
+    images, _ = next(iter(batches))
+    assert torch.allclose(network_in(page_weights(net))(images), net.eval()(images), atol=1e-5)
+
+
+def test_the_page_has_the_network_s_activation_and_says_whether_digits_are_upright():
+    for relu in (torch.nn.functional.relu, torch.nn.ReLU()):
+        assert 'ACTIVATION = "relu"' in page_weights(Net(activation=relu))
+    assert "UPRIGHT = false" in page_weights(Net(), upright=False)
+    with pytest.raises(ValueError, match="one activation, SiLU or ReLU, not gelu"):
+        page_weights(Net(activation=torch.nn.functional.gelu))
+
+
+class Residual(ConvBlock):
+    def forward(self, x):
+        return x[:, :8] + super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("place", "layers", "message"),
+    [
+        (3, [torch.nn.AvgPool2d(2)], "does not know this layer"),
+        (3, [torch.nn.MaxPool2d(2, stride=1)], "does not know this layer"),
+        (3, [torch.nn.MaxPool2d((2, 2))], "does not know this layer"),
+        (4, [torch.nn.Sequential(torch.nn.Conv2d(16, 8, 1))], "does not know this layer"),
+        (4, [torch.nn.Conv2d(16, 8, 1, stride=2)], "does not know this layer"),
+        (4, [torch.nn.Conv2d(16, 8, 1, bias=False)], "does not know this layer"),
+        (4, [torch.nn.Sequential(torch.nn.Conv2d(16, 8, 1), torch.nn.GroupNorm(1, 8))], "does not know this layer"),
+        (4, [Residual(16, 8, 1, 0.0, torch.nn.functional.silu)], "needs blocks, then one convolution, as in Net"),
+        (4, [torch.nn.Conv2d(16, 8, 1)], "needs blocks, then one convolution, as in Net"),
+        (9, [ConvBlock(16, 10, 1, 0.0, torch.nn.functional.silu)], "needs blocks, then one convolution, as in Net"),
+        (10, [torch.nn.MaxPool2d(1), torch.nn.AvgPool2d(3)], "needs blocks, then one convolution, as in Net"),
+        (10, [torch.nn.AdaptiveMaxPool2d(1)], "needs blocks, then one convolution, as in Net"),
+    ],
+)
+def test_a_network_that_the_page_cannot_compute_is_refused(place, layers, message, network):
+    net = copy.deepcopy(network)
+    net.layers = torch.nn.Sequential(*net.layers[:place], *layers, *net.layers[place + 1 :])
+    with pytest.raises(ValueError, match=message):
+        page_weights(net)
+
+
+def test_the_page_loads_its_weights_or_is_in_one_piece_for_a_notebook(network, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "index.html").read_text(encoding="utf-8")
+    assert drawing_page(network) == page.replace(' src="weights.js">', f">\n{page_weights(network)}") != page
+    monkeypatch.setattr("s6.draw.__file__", str(tmp_path / "draw.py"))
+    with pytest.raises(FileNotFoundError, match="^index.html is missing: upload it beside draw.py"):
+        drawing_page(network)
+    (tmp_path / "index.html").write_text('<script src="weights.js"></script>', encoding="utf-8")
+    assert drawing_page(network) == f"<script>\n{page_weights(network)}</script>"
+
+
+def test_the_stored_network_is_above_the_goal(network):
+    images, labels = utils.load_mnist(ROOT / "data", train=False)
+    assert (classify(network, utils.upright(images)[:, 0])[0] == labels).sum() > 9940
