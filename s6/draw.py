@@ -21,7 +21,7 @@ MEAN, STD = 0.1307, 0.3081  # as in utils.py. Each module works alone
 
 def _open(picture):
     """Return the grey levels of a picture, (H, W) uint8, with at most 400 rows and columns."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 200_000_000  # a telephone's
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 200_000_000  # of a phone
     try:
         if isinstance(picture, np.ndarray):
             picture = Image.fromarray(picture.astype(np.uint8, casting="safe"))
@@ -29,14 +29,15 @@ def _open(picture):
             picture = Image.open(picture)
             picture.draft("L", (400, 400))  # decodes a JPEG at a fraction of its size
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode[0] in "IF":  # 16 or 32 bits. We take the lightest pixel for white
+        if picture.mode[0] in "IF":  # 16 or 32 bits. The lightest pixel becomes 255
             levels = np.asarray(picture, np.float32)
             picture = Image.fromarray(np.uint8(np.interp(levels, (0, levels.max()), (0, 255))))
         picture = picture.convert("RGBA")
         picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
         grey, alpha = np.moveaxis(np.asarray(picture.convert("LA"), np.float32), 2, 0)
-        # Transparent parts become paper: black under light ink, white under dark ink.
-        paper = 0 if np.average(grey, weights=alpha) > 127 else 255
+        # Transparent parts become paper: black if all ink is light, else white.
+        darkest = grey.min(where=alpha > alpha.max() / 2, initial=255)
+        paper = 0 if darkest > 127 else 255
         return np.uint8(paper + (grey - paper) * alpha / 255)
     except Exception as error:  # such as no picture, or half of one
         raise ValueError(
@@ -47,8 +48,8 @@ def _open(picture):
 
 
 def _local_mean(values):
-    width = 2 * int(0.15 * max(values.shape)) + 1
-    for _ in range(2):  # two boxes weigh about as a Gaussian does
+    width = 2 * int(0.15 * max(values.shape)) + 1  # wider than strokes, narrower than shadows
+    for _ in range(2):  # two box filters are close to one Gaussian filter
         values = uniform_filter(values, width, mode="nearest")
     return values
 
@@ -61,54 +62,59 @@ def _extent(region):
     return max(region.image.shape)
 
 
-def _find_digit(grey):
-    """Return how much darker than the paper each pixel is, 0 to 1, and which are the digit's.
+def _find_ink(grey):
+    """Return how much darker than the paper each pixel is, 0 to 1, and a mask of the ink.
 
-    Both are (H, W), as `grey` is. Light on dark is inverted first. Raises ValueError without a
-    digit, or with more than one.
+    Both have the shape of `grey`, (H, W). Light ink on dark paper is inverted first. Raises
+    ValueError without ink.
     """
-    contrast = gaussian_filter(_local_mean(grey) - grey, 0.7)  # grain is no ink
+    contrast = gaussian_filter(_local_mean(grey) - grey, 0.7)  # blurred, so that noise is not ink
     ink = contrast > threshold_otsu(contrast)
     if not ink.any():
         raise ValueError("no ink was found: the picture has one colour")
     if _thickness(ink) > _thickness(~ink):  # strokes are thin, so this is light ink on dark paper
         grey, contrast, ink = 255 - grey, -contrast, ~ink
-    # Now we know where the ink is, so we can leave it out of the grey of the paper.
-    paper = ~maximum_filter(ink, 5) + 1e-3
+    # Now we know where the ink is, so we can leave it out of the mean grey of the paper.
+    paper = np.where(maximum_filter(ink, 5), 1e-3, 1)
     level = _local_mean(grey * paper) / _local_mean(paper)
-    darker = 1 - (grey + 1) / (level + 1)  # a share of the paper's grey: shadows darken both
+    darker = 1 - (grey + 1) / (level + 1)  # a share, because a shadow darkens paper and ink alike
     smooth = gaussian_filter(darker, 0.7)
     ink = smooth > threshold_otsu(smooth)
-    if np.median(contrast[ink]) < 18:  # of 255 levels. The edge of a shadow has less
+    if np.median(contrast[ink]) < 18:  # of 255 levels. The edge of a soft shadow has less
         raise ValueError("no ink was found, or it is too pale: use a darker pen, or more light")
+    return darker, ink
 
+
+def _find_digit(ink):
+    """Return the part of the mask `ink` that is the digit. Raises ValueError without one digit."""
     # A table or a printed line reaches the border. A digit does so only in a tight crop.
-    names = label(ink)
-    sides = names[0], names[-1], names[:, 0], names[:, -1]
-    every = regionprops(names)
-    regions = [r for r in every if not any(r.label in side for side in sides)]
+    labels = label(ink)
+    parts = regionprops(labels)
+    sides = labels[0], labels[-1], labels[:, 0], labels[:, -1]
+    regions = [r for r in parts if not any(r.label in side for side in sides)]
     if max(map(_extent, regions), default=0) < 0.1 * max(ink.shape):
-        # A table covers a whole side. Squared paper has more holes than a digit.
+        # A table covers a whole side. Squared paper has many holes (1 - euler_number).
         tables = [side[0] for side in sides if (side == side[0]).all()]
-        regions = [r for r in every if r.label not in tables and r.euler_number > -3]
+        regions = [r for r in parts if r.label not in tables and r.euler_number > -3]
     largest = max(regions, key=_extent, default=None)
     if largest is None or _extent(largest) < 0.02 * max(ink.shape):
         raise ValueError("no digit was found: write it larger, and leave some paper around it")
-    # A printed frame holds the digit.
-    inside = names[largest.slice][largest.image_filled & ~largest.image]
+    # If the largest region is a printed frame, the digit is in its hole.
+    inside = labels[largest.slice][largest.image_filled & ~largest.image]
     framed = [r for r in regions if r.label in inside and _extent(r) > 0.2 * _extent(largest)]
     regions = framed or regions
     largest = max(regions, key=_extent)
 
-    # Strokes that are close belong to the same digit. Another digit is as high, and to the side.
+    # Strokes near the largest belong to its digit, and strokes near those. A digit has more room
+    # at its sides than its strokes have between them.
     reach, digit = _extent(largest), [largest.label]
     for _ in range(2):
-        near = maximum_filter(np.isin(names, digit), (reach | 1, int(0.4 * reach) | 1))
+        near = maximum_filter(np.isin(labels, digit), (reach | 1, int(0.4 * reach) | 1))
         digit = [r.label for r in regions if near[tuple(r.coords.T)].any()]
     height = len(largest.image)
     if any(len(r.image) > 0.5 * height for r in regions if r.label not in digit):
         raise ValueError("more than one digit was found: let one fill the picture")
-    return darker, np.isin(names, digit)
+    return np.isin(labels, digit)
 
 
 def read_picture(picture):
@@ -120,12 +126,13 @@ def read_picture(picture):
 
     `picture` is a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). The digit may
     be dark on light or light on dark. Raises ValueError without a picture, without a digit, or with
-    more than one.
+    a second one that is clearly apart.
     """
-    darker, ink = _find_digit(_open(picture).astype(np.float32))
-    darker = np.where(maximum_filter(ink, 5), darker, 0)
+    darker, ink = _find_ink(_open(picture).astype(np.float32))
+    digit = _find_digit(ink)
+    darker = np.where(maximum_filter(digit, 5), darker, 0)
     # The edge of a stroke is at half the level of ink. Everything far below becomes 0.
-    ink = np.clip((darker / np.quantile(darker[ink], 0.9) - 0.3) / 0.4, 0, 1)
+    ink = np.clip((darker / np.quantile(darker[digit], 0.9) - 0.3) / 0.4, 0, 1)
     rows, columns = (np.flatnonzero((ink >= 0.5).any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     margin = max(ink.shape)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from scipy.ndimage import distance_transform_edt
 from skimage.morphology import skeletonize
 from sklearn.datasets import load_digits
@@ -16,16 +16,20 @@ SIDE = 200
 Y, X = np.mgrid[:SIDE, :SIDE]
 
 
+def cut(image, level):
+    rows, columns = (np.flatnonzero((image > level).any(axis)) for axis in (1, 0))
+    return image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
 def strokes(digit, height, pen=None):
-    """The ink of a digit, 0 to 1, cut to its strokes, `height` high or wide. `pen` is a share of the height."""
-    rows, columns = (np.flatnonzero((digit > 40).any(axis)) for axis in (1, 0))
-    digit = Image.fromarray(digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+    """The ink of a digit, 0 to 1, without a border, `height` high or wide. `pen` is a share of the height."""
+    digit = Image.fromarray(cut(digit, 40))
     size = [max(1, round(length * height / max(digit.size))) for length in digit.size]
     ink = np.asarray(digit.resize(size, Image.Resampling.BICUBIC), float) / 255
     if pen is None:
         return ink
     line = skeletonize(np.pad(ink > 0.5, int(pen * height / 2 + 2)))
-    return np.clip(pen * height / 2 + 0.5 - distance_transform_edt(~line), 0, 1)
+    return cut(np.clip(pen * height / 2 + 0.5 - distance_transform_edt(~line), 0, 1), 0.5)
 
 
 def write(ink, g, rim=10):
@@ -44,10 +48,11 @@ def shade(g, soft):
     return 1 / (1 + np.exp(-(np.cos(angle) * (X - SIDE / 2) + np.sin(angle) * (Y - SIDE / 2)) / soft))
 
 
-def tight(digit, share):
-    """A crop of which the ink, of a thick pen, covers a share."""
-    ink = next(ink for pen in range(8, 26) if (ink := strokes(digit, SIDE, pen / 100)).mean() >= share or pen == 25)
-    while ink.mean() > share:
+def tight(digit, covered):
+    """A tight crop. The ink of a thick pen covers a share of it."""
+    inks = (strokes(digit, SIDE, pen / 100) for pen in range(8, 60, 2))
+    ink = next(ink for ink in inks if ink.mean() >= covered)
+    while ink.mean() > covered:
         ink = np.pad(ink, 1)
     return ink
 
@@ -74,7 +79,7 @@ def coloured(digit, g, ink):
 
 
 def form(digit, g, left):
-    """A printed line below and left of the digit, or a frame around it."""
+    """A printed line below and one left of the digit, or a frame around it."""
     ink = write(strokes(digit, 100), g, 26)
     ink[-12:-9, 9 * (not left) : SIDE - 9 * (not left)] = ink[9 * (not left) : SIDE - 9 * (not left), 9:12] = 1
     if not left:
@@ -82,6 +87,7 @@ def form(digit, g, left):
     return photo(ink, g)
 
 
+# The share to be read right, and a picture of a digit d. g draws random numbers.
 KINDS = {
     "light from a side": (0.98, lambda d, g: photo(write(strokes(d, 110), g), g, 240 - 150 * X / SIDE)),
     "a soft shadow": (0.98, lambda d, g: photo(write(strokes(d, 110), g), g, 215 - 55 * shade(g, 12))),
@@ -99,8 +105,8 @@ KINDS = {
 }
 for sides in (1, 2, 3, 4):
     KINDS[f"a table at {sides} sides"] = (0.95, lambda d, g, sides=sides: table(d, g, sides))
-for share in (0.3, 0.4, 0.5):
-    KINDS[f"ink on {share:.0%}"] = (0.95, lambda d, g, share=share: photo(tight(d, share), g))
+for covered in (0.3, 0.4, 0.5):
+    KINDS[f"ink on {covered:.0%}"] = (0.95, lambda d, g, covered=covered: photo(tight(d, covered), g))
 for part in (60, 25, 12, 6):
     KINDS[f"a pen of 1/{part}"] = (0.98, lambda d, g, pen=1 / part: photo(write(strokes(d, 130, pen), g), g))
 
@@ -193,6 +199,7 @@ def test_what_a_camera_and_a_program_do_to_a_digit_changes_little(tmp_path):
         "floats": Image.fromarray(np.asarray(seven(), np.float32) / 255),
         "1 bit": seven(255, 0).convert("1"),
         "four inks": seven().convert("CMYK"),
+        "transparent margin": ImageOps.expand(seven(230, 40, "L").convert("LA"), 80, (0, 0)),
         "light on nothing": Image.merge("LA", [Image.new("L", (400, 300), 255), seven(paper=0, ink=200)]),
     }
     for name, picture in same.items():
