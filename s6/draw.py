@@ -63,10 +63,11 @@ def _extent(region):
 
 
 def _find_ink(grey):
-    """Return how much darker than the paper each pixel is, 0 to 1, and a mask of the ink.
+    """Return how much darker than the paper each pixel is, a mask of the ink, and the contrast.
 
-    Both have the shape of `grey`, (H, W). Light ink on dark paper is inverted first. Raises
-    ValueError without ink.
+    All have the shape of `grey`, (H, W). The first is a share of the paper's grey. The contrast is
+    in grey levels, to the mean grey around a pixel, ink included. Light ink on dark paper is
+    inverted first. Raises ValueError for one colour.
     """
     contrast = gaussian_filter(_local_mean(grey) - grey, 0.7)  # blurred, so that noise is not ink
     ink = contrast > threshold_otsu(contrast)
@@ -80,22 +81,26 @@ def _find_ink(grey):
     darker = 1 - (grey + 1) / (level + 1)  # a share, because a shadow darkens paper and ink alike
     smooth = gaussian_filter(darker, 0.7)
     ink = smooth > threshold_otsu(smooth)
-    if np.median(contrast[ink]) < 18:  # of 255 levels. The edge of a soft shadow has less
-        raise ValueError("no ink was found, or it is too pale: use a darker pen, or more light")
-    return darker, ink
+    return darker, ink, contrast
 
 
-def _find_digit(ink):
+def _find_digit(ink, contrast):
     """Return the part of the mask `ink` that is the digit. Raises ValueError without one digit."""
-    # A table or a printed line reaches the border. A digit does so only in a tight crop.
     labels = label(ink)
-    parts = regionprops(labels)
+    # The edge of a shadow is pale: it has less contrast than 20 of 255 levels.
+    parts = [r for r in regionprops(labels, contrast) if r.intensity_mean >= 20]
+    if not parts:
+        raise ValueError("no ink was found, or it is too pale: use a darker pen, or more light")
+    # A table or a printed line reaches the border. A digit does so only in a tight crop.
     sides = labels[0], labels[-1], labels[:, 0], labels[:, -1]
     regions = [r for r in parts if not any(r.label in side for side in sides)]
     if max(map(_extent, regions), default=0) < 0.1 * max(ink.shape):
         # A table covers a whole side. Squared paper has many holes (1 - euler_number).
         tables = [side[0] for side in sides if (side == side[0]).all()]
         regions = [r for r in parts if r.label not in tables and r.euler_number > -3]
+    # A line that ends on the paper is flat, and longer than the digit is high.
+    tallest = max((len(r.image) for r in regions), default=0)
+    regions = [r for r in regions if r.image.shape[1] < max(4 * len(r.image), 0.9 * tallest)]
     largest = max(regions, key=_extent, default=None)
     if largest is None or _extent(largest) < 0.02 * max(ink.shape):
         raise ValueError("no digit was found: write it larger, and leave some paper around it")
@@ -128,8 +133,8 @@ def read_picture(picture):
     be dark on light or light on dark. Raises ValueError without a picture, without a digit, or with
     a second one that is clearly apart.
     """
-    darker, ink = _find_ink(_open(picture).astype(np.float32))
-    digit = _find_digit(ink)
+    darker, ink, contrast = _find_ink(_open(picture).astype(np.float32))
+    digit = _find_digit(ink, contrast)
     darker = np.where(maximum_filter(digit, 5), darker, 0)
     # The edge of a stroke is at half the level of ink. Everything far below becomes 0.
     ink = np.clip((darker / np.quantile(darker[digit], 0.9) - 0.3) / 0.4, 0, 1)

@@ -14,6 +14,7 @@ from s6.draw import MEAN, STD, classify, plot_reading, read_picture
 
 SIDE = 200
 Y, X = np.mgrid[:SIDE, :SIDE]
+SHORT_LINE = (abs(X - 100) < 80) & (abs(Y - 184) < 2)
 
 
 def cut(image, level):
@@ -93,6 +94,7 @@ KINDS = {
     "a soft shadow": (0.98, lambda d, g: photo(write(strokes(d, 110), g), g, 215 - 55 * shade(g, 12))),
     "a hard shadow": (0.9, lambda d, g: photo(write(strokes(d, 150), g), g, 215 - 55 * shade(g, 0.5))),
     "a printed line": (0.95, lambda d, g: form(d, g, True)),
+    "a short line": (0.95, lambda d, g: photo(np.maximum(write(strokes(d, 90), g, 30), SHORT_LINE), g)),
     "a printed frame": (0.95, lambda d, g: form(d, g, False)),
     "squared paper": (0.95, lambda d, g: photo(np.maximum(write(strokes(d, 110), g), lines(g, 0.25)), g)),
     "ruled paper": (0.95, lambda d, g: photo(np.maximum(write(strokes(d, 110), g), lines(g, 0.3, False)), g)),
