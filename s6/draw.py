@@ -91,7 +91,8 @@ def _find_digit(ink, contrast):
     parts = [r for r in regionprops(labels, contrast) if r.intensity_mean >= 20]
     if not parts:
         raise ValueError("no ink was found, or it is too pale: use a darker pen, or more light")
-    # A table or a printed line reaches the border. A digit does so only in a tight crop.
+    # A table or a printed line reaches the border. A digit does so only in a tight crop. There,
+    # nothing else is a tenth as large as the picture.
     sides = labels[0], labels[-1], labels[:, 0], labels[:, -1]
     regions = [r for r in parts if not any(r.label in side for side in sides)]
     if max(map(_extent, regions), default=0) < 0.1 * max(ink.shape):
@@ -104,7 +105,7 @@ def _find_digit(ink, contrast):
     largest = max(regions, key=_extent, default=None)
     if largest is None or _extent(largest) < 0.02 * max(ink.shape):
         raise ValueError("no digit was found: write it larger, and leave some paper around it")
-    # If the largest region is a printed frame, the digit is in its hole.
+    # If the largest region is a printed frame, the digit is in its hole. (A dot in a 0 is smaller.)
     inside = labels[largest.slice][largest.image_filled & ~largest.image]
     framed = [r for r in regions if r.label in inside and _extent(r) > 0.2 * _extent(largest)]
     regions = framed or regions

@@ -74,17 +74,17 @@ def lines(g, strength, both=True, step=16):
 
 def coloured(digit, g, ink):
     share = write(strokes(digit, 110, 0.05), g)[..., None]
-    return (np.array([235, 230, 215]) * (1 - share) + np.array(ink) * share + g.normal(0, 3, (SIDE, SIDE, 1))).astype(
-        np.uint8
-    )
+    colours = np.array([235, 230, 215]) * (1 - share) + np.array(ink) * share
+    return (colours + g.normal(0, 3, (SIDE, SIDE, 1))).astype(np.uint8)
 
 
-def form(digit, g, left):
-    """A printed line below and one left of the digit, or a frame around it."""
+def form(digit, g, frame):
+    """A printed line below and one left of the digit, from border to border. Or a frame around it."""
+    line = slice(9, -9) if frame else slice(None)
     ink = write(strokes(digit, 100), g, 26)
-    ink[-12:-9, 9 * (not left) : SIDE - 9 * (not left)] = ink[9 * (not left) : SIDE - 9 * (not left), 9:12] = 1
-    if not left:
-        ink[9:12, 9:-9] = ink[9:-9, -12:-9] = 1
+    ink[-12:-9, line] = ink[line, 9:12] = 1
+    if frame:
+        ink[9:12, line] = ink[line, -12:-9] = 1
     return photo(ink, g)
 
 
@@ -93,9 +93,9 @@ KINDS = {
     "light from a side": (0.98, lambda d, g: photo(write(strokes(d, 110), g), g, 240 - 150 * X / SIDE)),
     "a soft shadow": (0.98, lambda d, g: photo(write(strokes(d, 110), g), g, 215 - 55 * shade(g, 12))),
     "a hard shadow": (0.9, lambda d, g: photo(write(strokes(d, 150), g), g, 215 - 55 * shade(g, 0.5))),
-    "a printed line": (0.95, lambda d, g: form(d, g, True)),
+    "a printed line": (0.95, lambda d, g: form(d, g, False)),
     "a short line": (0.95, lambda d, g: photo(np.maximum(write(strokes(d, 90), g, 30), SHORT_LINE), g)),
-    "a printed frame": (0.95, lambda d, g: form(d, g, False)),
+    "a printed frame": (0.95, lambda d, g: form(d, g, True)),
     "squared paper": (0.95, lambda d, g: photo(np.maximum(write(strokes(d, 110), g), lines(g, 0.25)), g)),
     "ruled paper": (0.95, lambda d, g: photo(np.maximum(write(strokes(d, 110), g), lines(g, 0.3, False)), g)),
     "pencil": (0.98, lambda d, g: photo(write(strokes(d, 110, 0.05), g), g, dark=0.7)),
