@@ -57,9 +57,9 @@ stored: data
 	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 5p') notebooks/curves.png
 	$(MAKE) draw
 
-# Maintainers run this after new rows in studies/results/accuracy.csv, to store a new run of ablation.ipynb.
+# Maintainers run this after new rows in studies/results/accuracy.csv, to store new runs of the other two notebooks.
 ablation: data
-	TQDM_DISABLE=1 $(EXECUTE) notebooks/ablation.ipynb
+	TQDM_DISABLE=1 $(EXECUTE) notebooks/ablation.ipynb notebooks/experiment.ipynb
 
 # If Python was updated or removed, .venv no longer works. Then it is made again.
 $(shell $(BIN)/python -c "" 2>/dev/null || rm -f .venv/installed .venv/extras)

@@ -23,8 +23,9 @@ from s6.model import Net
 from s6.utils import Recipe, upright
 from studies.common import on
 
-NOTEBOOK, ABLATION = (nbformat.read(ROOT / "notebooks" / name, as_version=4) for name in ("S6.ipynb", "ablation.ipynb"))
-CODE, ABLATION_CODE = ([cell for cell in each.cells if cell.cell_type == "code"] for each in (NOTEBOOK, ABLATION))
+NAMES = ("S6", "experiment", "ablation")
+NOTEBOOKS = [nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in NAMES]
+CODE, EXPERIMENT_CODE, ABLATION_CODE = ([cell for cell in each.cells if cell.cell_type == "code"] for each in NOTEBOOKS)
 SOURCES = [cell.source for cell in CODE]
 MODULES_CELL, SETTINGS, TRAINING, CURVES, HANDWRITING = (
     next(i for i, source in enumerate(SOURCES) if re.search(f"^{start}", source, re.MULTILINE))
@@ -37,7 +38,7 @@ def text_of(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-@pytest.mark.parametrize(("code", "pictures"), [(CODE, 7), (ABLATION_CODE, 7)], ids=["S6", "ablation"])
+@pytest.mark.parametrize(("code", "pictures"), [(CODE, 7), (EXPERIMENT_CODE, 2), (ABLATION_CODE, 6)], ids=NAMES)
 def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_particular(code, pictures):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
@@ -62,13 +63,15 @@ def test_readme_s_example_runs(batches, monkeypatch, capsys):
 
 
 def test_badges_and_notebooks_have_one_address():
-    notebooks = [(ROOT / "notebooks" / name).read_text(encoding="utf-8") for name in ("S6.ipynb", "ablation.ipynb")]
+    notebooks = [(ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8") for name in NAMES]
     text = README + "".join(notebooks)
     badges = re.findall(r"colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/notebooks/(\w+)\.ipynb", text)
-    cloned = re.findall(r"https://github\.com/([^/]+/[\w-]+)(?: S6|\\\")", text)
-    assert [name for _, name in badges] == ["S6", "S6", "ablation"] and len(cloned) == 2
+    cloned = re.findall(r"https://github\.com/([^/]+/[\w-]+) S6", text)
+    assert [name for _, name in badges] == ["S6", *NAMES] and len(cloned) == 3
     assert len({address for address, _ in badges} | set(cloned)) == 1
-    assert NOTEBOOK.metadata.accelerator == "GPU"  # what Colab offers when it is opened there
+    assert (
+        NOTEBOOKS[0].metadata.accelerator == NOTEBOOKS[1].metadata.accelerator == "GPU"
+    )  # offered when opened in Colab
 
 
 def requirements(path):
@@ -150,7 +153,7 @@ def test_without_modules_the_project_is_cloned_once(tmp_path, repository, monkey
 
 def test_ablation_clones_the_rows_too_or_says_what_it_needs(tmp_path, repository, monkeypatch, capsys):
     set_repository("/nowhere", monkeypatch.setenv)
-    with pytest.raises(AssertionError, match="^Put studies/results/accuracy.csv, s6/model.py, s6/utils.py beside this"):
+    with pytest.raises(AssertionError, match="^Upload accuracy.csv from studies/results beside this notebook"):
         run_here(ABLATION_CODE[0].source, tmp_path, monkeypatch)
     set_repository(repository, monkeypatch.setenv)
     run_here(ABLATION_CODE[0].source, tmp_path, monkeypatch)
