@@ -120,7 +120,7 @@ def test_the_arms_in_the_table_train(names, capsys):
     more = {change: eval(arm, names) for change, arm in re.findall(r"^\| (.*) \| `(.*)` \|$", table, re.MULTILINE)}
     exec(CODE[ARMS], names)
     accuracies, text = verdicts(names, names["arms"] | more, [1], capsys)
-    assert accuracies.shape == (1, 11) and accuracies.notna().all(axis=None), text
+    assert accuracies.shape == (1, 12) and accuracies.notna().all(axis=None), text
 
 
 def test_images_that_are_held_out_cannot_be_trained_on(names):
