@@ -1,4 +1,4 @@
-"""The experiment: its verdicts are right as often as they say, and a failure loses no other training."""
+"""The experiment: it tells equal arms apart no more often than it says, and a failure loses no other training."""
 
 import re
 

@@ -69,9 +69,7 @@ def test_badges_and_notebooks_have_one_address():
     cloned = re.findall(r"https://github\.com/([^/]+/[\w-]+) S6", text)
     assert [name for _, name in badges] == ["S6", *NAMES] and len(cloned) == 3
     assert len({address for address, _ in badges} | set(cloned)) == 1
-    assert (
-        NOTEBOOKS[0].metadata.accelerator == NOTEBOOKS[1].metadata.accelerator == "GPU"
-    )  # offered when opened in Colab
+    assert all(notebook.metadata.accelerator == "GPU" for notebook in NOTEBOOKS[:2])  # what Colab then offers
 
 
 def requirements(path):
