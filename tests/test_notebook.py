@@ -158,6 +158,16 @@ def test_ablation_clones_the_rows_too_or_says_what_it_needs(tmp_path, repository
     assert capsys.readouterr().out == text_of(ABLATION_CODE[0])
 
 
+def test_the_experiment_clones_modules_and_rows_or_says_what_it_needs(tmp_path, repository, monkeypatch):
+    set_repository("/nowhere", monkeypatch.setenv)
+    with pytest.raises(AssertionError, match="^Upload model.py, utils.py and accuracy.csv beside this notebook"):
+        run_here(EXPERIMENT_CODE[0].source, tmp_path, monkeypatch)
+    set_repository(repository, monkeypatch.setenv)
+    names = run_here(EXPERIMENT_CODE[0].source, tmp_path, monkeypatch)
+    [place] = re.findall(r"read_csv\((.*)\)", EXPERIMENT_CODE[-1].source)
+    assert eval(place, names).is_file() and names["modules"] == Path("S6/s6")
+
+
 @pytest.mark.parametrize(
     ("present", "foreign", "named"),
     [
