@@ -14,7 +14,7 @@ from PIL import Image, ImageFilter, ImageOps
 from scipy.ndimage import distance_transform_edt, gaussian_filter, maximum_filter, uniform_filter
 from skimage.filters import threshold_otsu
 from skimage.measure import label, regionprops
-from torch.nn.utils import fuse_conv_bn_eval, parameters_to_vector
+from torch.nn.utils import fuse_conv_bn_eval
 
 MEAN, STD = 0.1307, 0.3081  # as in utils.py. Each module works alone
 
@@ -154,39 +154,39 @@ def read_picture(picture):
 
 
 def classify(model, images):
-    """Return labels, (N,), and probabilities, (N, 10), of (N, 28, 28) uint8 images."""
+    """Return labels, (N,), and probabilities, (N, 10), of (N, 28, 28) uint8 images.
+
+    `model` returns log-probabilities or scores, (N, 10).
+    """
     images = torch.as_tensor(images).to(next(model.parameters()).device).float().unsqueeze(1)
     with torch.no_grad():
-        probabilities = model.eval()((images / 255 - MEAN) / STD).exp()
+        probabilities = model.eval()((images / 255 - MEAN) / STD).softmax(1)
     return probabilities.argmax(1), probabilities
 
 
 def plot_reading(picture, image, probabilities):
-    """Return a figure of a picture, the (28, 28) image of it, and the (10,) probabilities."""
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
+    """Draw a picture, the (28, 28) image of it, and the (10,) probabilities."""
+    _, (left, middle, right) = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
     left.imshow(_open(picture), cmap="gray", vmin=0, vmax=255)
     middle.imshow(np.asarray(image), cmap="gray")
     right.bar(range(10), probabilities.tolist())
     title = f"read as {probabilities.argmax()}, probability {probabilities.max():.1%}"
     right.set(xticks=range(10), ylim=(0, 1), title=title)
-    plt.close(fig)
-    return fig
 
 
-def page_weights(model, upright=True):
+def page_weights(model):
     """Return the text of docs/weights.js for `model`, a `Net` or its moving average.
 
-    `upright` tells the page whether to make digits upright. The page knows the kinds of layers of
-    `Net`, any number of channels, SiLU and ReLU. Raises ValueError for another network.
+    The page knows the kinds of layers of `Net`, any number of channels, SiLU and ReLU. Raises
+    ValueError for another network.
     """
     net = copy.deepcopy(getattr(model, "module", model)).cpu().eval()  # a GPU rounds more
     layers, entries, activations = [], [], set()
     for layer in net.layers[:-1]:  # the last takes the mean
-        parts = [*layer.children()][:2]
-        if [type(part) for part in parts] == [nn.Conv2d, nn.BatchNorm2d]:
-            activation = getattr(layer, "activation", None)
+        if isinstance(getattr(layer, "norm", None), nn.BatchNorm2d):
+            activation = layer.activation
             activations.add(getattr(activation, "__name__", type(activation).__name__).lower())
-            layer = fuse_conv_bn_eval(*parts)
+            layer = fuse_conv_bn_eval(layer.conv, layer.norm)
         entry = int(np.max(getattr(layer, "kernel_size", 1)))
         known = nn.MaxPool2d(entry)
         if isinstance(layer, nn.Conv2d):
@@ -209,17 +209,16 @@ def page_weights(model, upright=True):
         same = torch.allclose(F.log_softmax(scores, 1), net(images), atol=1e-4)
     if not same or not isinstance(layers[-1], nn.Conv2d):
         raise ValueError("the drawing page needs blocks, then one convolution, as in Net")
-    weights = parameters_to_vector(nn.Sequential(*layers).parameters()).detach().numpy()
+    weights = torch.cat([part.flatten() for layer in layers for part in layer.parameters()])
     constants = {
         "LAYERS": entries,
         "ACTIVATION": activation,
-        "UPRIGHT": upright,
-        "WEIGHTS": base64.b64encode(weights).decode(),
+        "WEIGHTS": base64.b64encode(weights.detach().numpy()).decode(),
     }
     return "".join(f"const {name} = {json.dumps(value)};\n" for name, value in constants.items())
 
 
-def drawing_page(model, upright=True):
+def drawing_page(model):
     """Return the drawing page as one text, with the weights of `model` inside, for a notebook.
 
     Raises FileNotFoundError if index.html is neither beside draw.py nor in ../docs.
@@ -229,5 +228,5 @@ def drawing_page(model, upright=True):
     pages = [path.read_text(encoding="utf-8") for path in places if path.is_file()]
     if not pages:
         raise FileNotFoundError("index.html is missing: upload it beside draw.py")
-    script = f"<script>\n{page_weights(model, upright)}</script>"
+    script = f"<script>\n{page_weights(model)}</script>"
     return pages[0].replace('<script src="weights.js"></script>', script)

@@ -1,5 +1,7 @@
 """The network: nine convolutions, 10,474 parameters, no linear layer."""
 
+from collections import OrderedDict
+
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -7,44 +9,49 @@ import torch.nn.functional as F
 class ConvBlock(nn.Sequential):
     """Apply convolution, BatchNorm, activation, dropout. Maps become smaller by kernel_size - 1.
 
-    BatchNorm comes before the activation, as in Ioffe and Szegedy, 2015. torchsummary lists layers,
-    but no functions. So its table is the same as for the course's network.
+    BatchNorm comes before the activation, as in Ioffe and Szegedy, 2015. This is a Sequential,
+    because torchsummary then lists its layers, but not the block itself.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, dropout, activation):
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size),
-            nn.BatchNorm2d(out_channels),
-            nn.Dropout(dropout),
-        )
-        self.activation = activation
-
-    def extra_repr(self):  # print(model) shows this. `load_checkpoint` compares it
-        return f"activation={getattr(self.activation, '__name__', self.activation)}"
+    def __init__(self, in_channels, out_channels, kernel_size, dropout=0.0, activation=F.silu):
+        layers = {
+            "conv": nn.Conv2d(in_channels, out_channels, kernel_size),
+            "norm": nn.BatchNorm2d(out_channels),
+            "dropout": nn.Dropout(dropout),
+        }
+        super().__init__(OrderedDict(layers))
+        self.activation = activation  # a function has no line in the table of torchsummary
 
     def forward(self, x):
-        conv, norm, dropout, *_ = self  # *_ is the activation, if it is a module
-        return dropout(self.activation(norm(conv(x))))
+        return self.dropout(self.activation(self.norm(self.conv(x))))
+
+    def extra_repr(self):  # print(model) shows this
+        return f"activation={getattr(self.activation, '__name__', self.activation)}"
 
 
 class Net(nn.Module):
     """Classify digits: return (B, 10) log-probabilities of normalised images, (B, 1, 28, 28).
 
     The course's network has the same layers. There, ReLU comes before BatchNorm, and another ReLU
-    follows the last convolution. BatchNorm subtracts the bias of the convolution before it. We
-    keep these biases, so that the number of parameters is the same as in the course.
+    follows the last convolution. The biases of the blocks do nothing, because BatchNorm subtracts
+    them. We keep them to have the course's number of parameters.
 
     Args:
         dropout: probability that a value becomes zero. With augmentation we need no dropout.
         activation: function or module. SiLU, x * sigmoid(x), is a smooth ReLU (Hendrycks and
             Gimpel, 2016).
+        width: factor for the number of channels of each block. Each has at least one channel.
     """
 
-    def __init__(self, dropout=0.0, activation=F.silu):
+    def __init__(self, dropout=0.0, activation=F.silu, width=1.0):
         super().__init__()
 
+        def channels(count):
+            return max(1, int(width * count))
+
         def block(in_channels, out_channels, kernel_size=3):
-            return ConvBlock(in_channels, out_channels, kernel_size, dropout, activation)
+            inputs = 1 if in_channels == 1 else channels(in_channels)  # the image has one channel
+            return ConvBlock(inputs, channels(out_channels), kernel_size, dropout, activation)
 
         # Each comment gives the size of the maps and the receptive field, the width of the image
         # part that one output sees. A 3 x 3 kernel widens it by 2 pixels, after the pooling by 4.
@@ -58,13 +65,12 @@ class Net(nn.Module):
             block(12, 16),  # 7 x 7, sees 16
             block(16, 16),  # 5 x 5, sees 20
             block(16, 16),  # 3 x 3, sees 24
-            nn.Conv2d(16, 10, 1),  # 3 x 3, sees 24: each of nine places gets ten scores
+            nn.Conv2d(channels(16), 10, 1),  # 3 x 3, sees 24: each of nine places gets ten scores
             # With ceil_mode, a map smaller than 3 x 3 works, too. The layer takes its mean.
-            nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28: takes the mean of the nine places
+            nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28
         )
 
     def forward(self, images):
-        """Return (B, 10) log-probabilities; raise ValueError unless `images` is (B, 1, 28, 28)."""
         if images.ndim != 4 or images.shape[1:] != (1, 28, 28):
             raise ValueError(f"Net needs images of shape (B, 1, 28, 28), got {tuple(images.shape)}")
         scores = self.layers(images)

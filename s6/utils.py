@@ -1,12 +1,11 @@
-"""Everything around the network: recipe, data, training loop, checkpoints and plots."""
+"""Everything around the network: recipe, data, training and plots."""
 
 import hashlib
 import math
 import socket
 import sys
-import warnings
-import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from inspect import getmembers
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Recipe:
-    """All hyperparameters of a training. `Recipe(epochs=5)` changes one of them.
+    """All settings of a training. `Recipe(epochs=5)` changes one of them.
 
     To change more than a number, override a method in a subclass.
     """
@@ -35,16 +34,21 @@ class Recipe:
     warmup: float = 0.2  # share of the steps in which the rate rises. Then it falls to zero
     momentum: float = 0.9  # of SGD, in Nesterov's form
     weight_decay: float = 5e-4  # on convolution kernels only, not on biases and BatchNorm
-    average: float = 0.998  # share of the old moving average that each step keeps
-    degrees: float = 7.0  # augmentation: rotate by up to this many degrees, either way
+    average: float = 9.0  # of the moving average: a larger number forgets old weights faster
+    degrees: float = 10.0  # augmentation: rotate by up to this many degrees, either way
     translate: float = 1.0  # augmentation: shift by up to this many pixels along each axis
     scale: float = 0.1  # augmentation: zoom by a factor from 1 - scale to 1 + scale
-    shear: float = 5.0  # augmentation: slant by up to this many degrees, either way
-    upright: bool = True  # first make all digits upright: see the function `upright`
+    shear: float = 10.0  # augmentation: slant by up to this many degrees, either way
 
     def __post_init__(self):
-        if min(self.epochs, self.batch_size) < 1:
-            raise ValueError(f"epochs and batch_size must be at least 1, got {self}")
+        # Python ignores `lr = 0.1` in the body of a subclass, unless that is a dataclass, too.
+        cls, defaults = type(self).__name__, {f.name: f.default for f in fields(self)}
+        for name, value in getmembers(type(self), lambda member: isinstance(member, (int, float))):
+            if name[0] != "_" and defaults.get(name) != value:
+                raise TypeError(
+                    f"`{name} = {value}` in class {cls} does nothing: write {cls}({name}={value}). "
+                    f"Or write `{name}: float = {value}`, and @dataclass(frozen=True) above {cls}"
+                )
 
     def augment(self, images, draws):
         """Return distorted images. Random `draws`, (B, 5), from -1 to 1, say how much."""
@@ -74,22 +78,23 @@ class Recipe:
 class MovingAverage(AveragedModel):
     """Moving average of a model's weights and BatchNorm statistics. It is a model, too.
 
-    The weights still jump around when the average is already good. So test and save the average.
+    While the rate is high, the weights jump around a good place. Their average lies in the middle.
+    So test and save the average. It is the polynomial-decay average of Shamir and Zhang, 2013.
     """
 
-    def __init__(self, model, decay):
+    def __init__(self, model, average):
         super().__init__(model)
-        self.decay = decay
+        self.average = average
 
     def update_parameters(self, model):
-        """Move the average a little towards the weights of `model`. Call this once a batch."""
-        # At first it moves faster, because it has to forget the untrained weights.
-        share = max(1 - self.decay, 9 / (10 + int(self.n_averaged)))
+        """Move the average a little towards the weights of `model`. Call this after each step."""
+        # Large at first, to forget the untrained weights. Later the average covers more steps.
+        share = self.average / (self.average + 1 + int(self.n_averaged))
         averages, weights = (
             [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
             for net in (self.module, model)
         )
-        torch._foreach_lerp_(averages, weights, share)  # all at once: that is fast on a GPU
+        torch._foreach_lerp_(averages, weights, share)  # average += share * (weight - average)
         self.n_averaged += 1
 
 
@@ -146,36 +151,15 @@ def affine(images, degrees, translate, scale, shear):
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def upright(images):
-    """Return the digits made upright: (N, 1, 28, 28) uint8, in and out.
-
-    It shifts each row sideways until the digit no longer leans. The centre of mass stays in its
-    place. LeCun et al., 1998, call this deslanting.
-    """
-    ink, x = images[:, 0].float(), torch.arange(28.0, device=images.device) - 13.5
-    y = x.view(28, 1)  # x is the place of each column and y of each row, from the middle
-    mass = ink.sum((1, 2)).clamp(min=1)  # not 0, even without ink
-
-    def mean(values):
-        return (ink * values).sum((1, 2)) / mass
-
-    # Least squares: so many pixels does the ink move to the right from one row to the next.
-    slant = (mean(x * y) - mean(x) * mean(y)) / (mean(y * y) - mean(y) ** 2).clamp(min=0.01)
-    zero, one = torch.zeros_like(slant), torch.ones_like(slant)
-    back = torch.stack([slant * mean(y), zero], 1)  # `affine` does not move the middle row
-    return affine(images.float(), zero, back, one, -slant.atan().rad2deg()).round().byte()
-
-
 class Loader:
     """Batches of normalised float images, made of uint8 images that stay on the device.
 
     With a seed, each epoch shuffles the images and distorts them by `augment(images, draws)`.
-    Seed and epoch fix the random numbers. So a training can be repeated, on a CPU exactly.
+    Seed and epoch fix the random numbers. So every device sees the same images, and on a CPU a
+    training can be repeated exactly.
     """
 
     def __init__(self, images, labels, batch_size, seed=None, augment=None):
-        if len(images) != len(labels) or batch_size < 1:
-            raise ValueError(f"{len(images)} images, {len(labels)} labels, batch_size {batch_size}")
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.seed, self.augment = seed, augment
         self.epoch = 1  # number of the next epoch
@@ -185,11 +169,11 @@ class Loader:
 
     def __iter__(self):
         count, device = len(self.labels), self.labels.device
-        order, draws = torch.arange(count, device=device), None
-        if self.seed is not None:
-            generator = torch.Generator(device).manual_seed(1000 * int(self.seed) + self.epoch)
-            order = torch.randperm(count, generator=generator, device=device)
-            draws = torch.rand(count, 5, generator=generator, device=device) * 2 - 1
+        order = torch.arange(count, device=device)
+        if self.seed is not None:  # drawn on the CPU: another device would draw other numbers
+            generator = torch.Generator().manual_seed(1000 * int(self.seed) + self.epoch)
+            order = torch.randperm(count, generator=generator).to(device)
+            draws = (torch.rand(count, 5, generator=generator) * 2 - 1).to(device)
         self.epoch += 1
         # Augment 1,000 images at once. On a GPU, few large operations are faster.
         batches_at_once = math.ceil(1000 / self.batch_size)
@@ -203,11 +187,9 @@ class Loader:
 
 def make_loaders(recipe, device, train_set, test_set):
     """Return `(train_loader, test_loader)` on `device`. A set is a pair of images and labels."""
-    sets = [(images.to(device), labels.to(device)) for images, labels in (train_set, test_set)]
-    if recipe.upright:
-        sets = [(upright(images), labels) for images, labels in sets]
-    train_loader = Loader(*sets[0], recipe.batch_size, recipe.seed, recipe.augment)
-    return train_loader, Loader(*sets[1], batch_size=1000)
+    train_set, test_set = ([part.to(device) for part in both] for both in (train_set, test_set))
+    train_loader = Loader(*train_set, recipe.batch_size, recipe.seed, recipe.augment)
+    return train_loader, Loader(*test_set, batch_size=1000)
 
 
 def mnist_loaders(recipe, device, root="data"):
@@ -229,74 +211,39 @@ def train(
         criterion: a function of (outputs, labels) that returns the mean loss of a batch.
         scheduler, averaged: from `Recipe`. Each batch calls `step` and `update_parameters`.
 
-    On an NVIDIA GPU, model and criterion must not call `.item()`: see `graphed`.
-
     Raises FloatingPointError if the loss is not finite.
     """
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
     model.train()
-    device = torch.device(device)
-    # Of losses and correct answers. They stay on the device, because reading them makes it wait.
-    sums, seen = torch.zeros(2, device=device), 0
-
-    def gradients(images, labels):  # the first half of a step. It also adds to `sums`
-        outputs = model(images)
-        loss = criterion(outputs, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        correct = (outputs.argmax(1) == labels).sum()
-        sums.add_(torch.stack([loss.detach() * len(labels), correct]))
-
-    if device.type == "cuda" and device.index in (None, torch.cuda.current_device()):
-        gradients = graphed(gradients)
+    # The sums stay on the device, because reading them makes Python wait for it.
+    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     batches = train_loader
     if show_bar:  # on stdout: Jupyter shows stderr in red
         batches = tqdm(batches, f"epoch {len(train_losses) + 1}", leave=False, file=sys.stdout)
     for step, (images, labels) in enumerate(batches):
-        gradients(images.to(device), labels.to(device))
+        images, labels = images.to(device), labels.to(device)
+        outputs = model(images)
+        loss = criterion(outputs, labels)
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
         if averaged is not None:
             averaged.update_parameters(model)
+        loss_sum += loss.detach() * len(labels)
+        correct += (outputs.argmax(1) == labels).sum()
         seen += len(labels)
         if show_bar and step % 50 == 0:
-            loss, correct = (sums / seen).tolist()
-            batches.set_postfix_str(f"loss {loss:.4f}, accuracy {100 * correct:.2f} %")
-    loss, correct = sums.tolist()
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the training loss is {loss}: try a lower learning rate")
-    train_losses.append(loss / seen)
-    train_acc.append(100 * correct / seen)
+            means = f"loss {loss_sum / seen:.4f}, accuracy {100 * correct / seen:.2f} %"
+            batches.set_postfix_str(means)
+    mean_loss = loss_sum.item() / seen
+    if not math.isfinite(mean_loss):
+        raise FloatingPointError(f"the training loss is {mean_loss}: try a lower learning rate")
+    train_losses.append(mean_loss)
+    train_acc.append(100 * correct.item() / seen)
     return train_losses, train_acc
-
-
-def graphed(step):
-    """Return a faster version of `step`, a function of tensors, for the current NVIDIA GPU.
-
-    Python starts many small operations. Starting them takes longer than computing them. A CUDA
-    graph starts them all at once. The first call of `step` runs as usual, the second records the
-    graph, and the others only replay it: they do not run the Python code again.
-    """
-    graph, inputs = None, []  # the graph reads its inputs from this memory
-
-    def replay(*tensors):
-        nonlocal graph, inputs
-        shapes = [tensor.shape for tensor in tensors]
-        if shapes != [memory.shape for memory in inputs]:  # the first call, or a new shape
-            graph, inputs = None, [t.clone() for t in tensors]
-            return step(*tensors)
-        if graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # "thread_local", because a DataLoader with pin_memory works in another thread.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step(*inputs)
-        for memory, tensor in zip(inputs, tensors, strict=True):
-            memory.copy_(tensor)
-        graph.replay()
-
-    return replay
 
 
 @torch.no_grad()
@@ -337,64 +284,13 @@ def fit(recipe, model, device, train_loader, criterion=F.nll_loss, bar=None):
     return averaged
 
 
-# ------------------------------------------------------------------------------------- checkpoints
-
-
-def save(content, path):
-    """Save `content` with torch.save and return True. If this fails, warn and return False.
-
-    A half-written file never replaces the old one.
-    """
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, partial)
-        partial.replace(path)
-        return True
-    except (OSError, RuntimeError) as error:  # torch raises the second
-        warnings.warn(f"{path} could not be written: {error}", stacklevel=2)
-        return False
-
-
-def save_checkpoint(path, recipe, histories, **parts):
-    """Save a training after an epoch: the histories, and the states of the parts."""
-    values = [[float(value) for value in history] for history in histories]
-    states = {name: part.state_dict() for name, part in parts.items()}
-    save({"made by": f"{recipe} {parts['model']}", "histories": values, "states": states}, path)
-
-
-def load_checkpoint(path, recipe, histories, **parts):
-    """Load a saved training into histories and parts. Return the number of its epochs, or 0.
-
-    If the file is damaged or belongs to another recipe or network, it is renamed.
-    """
-    try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not notice
-            raise ValueError("it is damaged")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["made by"] != f"{recipe} {parts['model']}":
-            raise ValueError("it belongs to another recipe or network")
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
-    except (zipfile.BadZipFile, RuntimeError, KeyError, ValueError) as error:
-        old = path.replace(path.with_suffix(".old"))
-        print(f"Starting at epoch 1. {path} cannot be used: {error}. It is now {old}")
-        return 0
-    for name, part in parts.items():
-        part.load_state_dict(saved["states"][name])
-    for history, values in zip(histories, saved["histories"], strict=True):
-        history[:] = values
-    print(f"Continuing after epoch {len(histories[0])}. To start at epoch 1, delete {path}")
-    return len(histories[0])
-
-
 # ------------------------------------------------------------------------------------------- plots
-# Each function closes its figure. Otherwise Jupyter would show it twice.
+# Jupyter shows the figures. `plt.savefig(path)` after one of these functions writes a file.
 
 
 def plot_curves(train_losses, train_acc, test_losses, test_acc):
-    """Return a figure of loss and accuracy after each epoch, with the goal of 99.4 %."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    """Draw loss and accuracy after each epoch, with the goal of 99.4 %."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     curves = ("train", train_losses, train_acc), ("test", test_losses, test_acc)
     for name, losses, accuracies in curves:
         epochs = range(1, len(losses) + 1)
@@ -410,32 +306,28 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc):
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    plt.close(fig)
-    return fig
 
 
 def plot_digits(images, titles=None, columns=10):
-    """Return a figure of (N, 1, 28, 28) images in a grid, each with a title."""
+    """Draw (N, 1, 28, 28) images in a grid, each with a title."""
     rows = math.ceil(len(images) / columns) or 1  # an empty grid if there are no images
     size = (columns, rows * (1.45 if titles else 1.0))
-    fig, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    _, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     titles = titles or [""] * len(images)
     for axes, image, title in zip(grid.flat, images.cpu().numpy(), titles, strict=False):
         axes.imshow(image[0], cmap="gray")
         axes.set_title(title, fontsize=8)
-    plt.close(fig)
-    return fig
 
 
 def plot_mistakes(images, outputs, labels, limit=30):
-    """Return a figure of the images with wrong answers, at most `limit`, most confident first.
+    """Draw the images with wrong answers, at most `limit`, the most confident first.
 
-    `outputs`, (N, 10) log-probabilities, and `labels`, (N,), are in the order of the images.
+    `outputs`, (N, 10) log-probabilities or scores, and `labels`, (N,), are in the images' order.
     """
-    confidence, predicted = outputs.exp().max(1)
+    confidence, predicted = outputs.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][:limit]
     titles = [f"{labels[i]}, read {predicted[i]}\n{confidence[i]:.0%}" for i in wrong]
-    return plot_digits(images[wrong.to(images.device)], titles)
+    plot_digits(images[wrong.to(images.device)], titles)

@@ -10,6 +10,7 @@ import matplotlib.font_manager  # noqa: F401  on a new machine this builds a cac
 import nbformat
 import pytest
 import torch
+import torch.nn.functional as F
 
 from s6 import utils
 from s6.model import Net
@@ -24,9 +25,8 @@ WEIGHTS = (ROOT / "docs" / "weights.js").read_text(encoding="utf-8")
 def run_training_cell(names):
     """Run the cell of S6.ipynb that trains, over `names` and those of utils.py; what it leaves is in `names`, too."""
     notebook = nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4)
-    [cell] = [c for c in notebook.cells if "load_checkpoint(" in c.source]
-    settings = {"torch": torch, "device": torch.device("cpu"), "layout": torch.channels_last}
-    names |= vars(utils) | settings | names
+    [cell] = [c for c in notebook.cells if "\nfor epoch in range(" in c.source]
+    names |= vars(utils) | {"torch": torch, "device": torch.device("cpu"), "Net": Net, "F": F} | names
     exec(cell.source, names)
 
 
@@ -52,19 +52,16 @@ def network_in(text):
     """The network in weights.js. Its BatchNorms have no effect, because they are in the convolutions."""
     constants = {name: json.loads(value) for name, value in re.findall("const ([A-Z]+) = (.*);\n", text)}
     weights = torch.frombuffer(bytearray(base64.b64decode(constants["WEIGHTS"])), dtype=torch.float32)
-    net, layers = Net(), constants["LAYERS"]
-    assert (constants["ACTIVATION"], constants["UPRIGHT"], len(constants)) == ("silu", True, 4)
+    assert (constants["ACTIVATION"], len(constants)) == ("silu", 3)
+    net = Net()
     convolutions = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
     shapes = [list(conv.weight.shape)[:3] for conv in convolutions]
-    assert layers == [*shapes[:3], 2, *shapes[3:]]
-    with torch.no_grad():
-        for conv in convolutions:
-            for part in (conv.weight, conv.bias):
-                part.copy_(weights[: part.numel()].view_as(part))
-                weights = weights[part.numel() :]
-        for norm in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
-            norm.running_var.fill_(1 - norm.eps)
-    assert not len(weights)
+    assert constants["LAYERS"] == [*shapes[:3], 2, *shapes[3:]]
+    parts = [part for conv in convolutions for part in conv.parameters()]
+    assert len(weights) == sum(part.numel() for part in parts)
+    torch.nn.utils.vector_to_parameters(weights, parts)
+    for norm in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.running_var.fill_(1 - norm.eps)
     return net.eval()
 
 

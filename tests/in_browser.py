@@ -18,7 +18,7 @@ from torch import nn
 
 from s6.draw import MEAN, STD, classify, drawing_page, read_picture
 from s6.model import ConvBlock, Net
-from s6.utils import load_mnist, upright
+from s6.utils import load_mnist
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 PAGE = (ROOT / "docs" / "index.html").as_uri()
@@ -97,8 +97,7 @@ def test_all_ten_digits_are_read_and_made_ready_as_read_picture_does(hand, where
         hand.draw(digit, *where)
         drawing = hand.page.evaluate("(update(), paper.toDataURL())").split(",")[1]
         seen = np.array(hand.page.evaluate("Array.from(prepare())")).reshape(28, 28)
-        expected = torch.tensor(read_picture(Image.open(io.BytesIO(base64.b64decode(drawing)))))
-        difference = abs(seen - upright(expected.view(1, 1, 28, 28)).numpy()[0, 0])
+        difference = abs(seen - read_picture(Image.open(io.BytesIO(base64.b64decode(drawing)))))
         assert difference.max() <= 24 and difference.mean() < 1, f"{digit}: {difference.max()}, {difference.mean()}"
     shown = "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, 28, 28).data)"
     assert hand.find("#seen canvas").evaluate(shown)[::4] == seen.flatten().tolist()
@@ -107,8 +106,9 @@ def test_all_ten_digits_are_read_and_made_ready_as_read_picture_does(hand, where
 def test_undo_and_clear_down_to_the_empty_paper(hand):
     hand.expect_blank()
     hand.draw(4)  # of two strokes
+    whole = hand.find("#verdict").text_content()
     hand.find("#undo").click()
-    expect(hand.find("#verdict")).to_have_text(re.compile("^Read as [^4]"))
+    expect(hand.find("#verdict")).not_to_have_text(whole)
     for _ in range(2):  # the second of nothing
         hand.find("#undo").click()
         hand.expect_blank()
@@ -149,7 +149,7 @@ def test_a_pen_takes_over_from_a_palm_and_a_second_finger_does_nothing(browser):
 def test_its_forward_pass_is_torch_s(browser):
     page = browser.new_page()
     page.goto(PAGE)
-    images = upright(load_mnist(ROOT / "data", train=False)[0])
+    images, _ = load_mnist(ROOT / "data", train=False)
     expected, wanted = classify(network_in(WEIGHTS), images[:, 0])
     run = """text => {
         const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0)), all = [];
@@ -164,7 +164,7 @@ def other_network():
     """Two poolings, other channels and kernels, ReLU."""
     torch.manual_seed(0)
     net, sizes = Net(), [(1, 20, 5), (20, 6, 3), None, (6, 24, 3), None, (24, 7, 2)]
-    blocks = [ConvBlock(*size, 0.0, nn.ReLU()) if size else nn.MaxPool2d(2) for size in sizes]
+    blocks = [ConvBlock(*size, activation=nn.ReLU()) if size else nn.MaxPool2d(2) for size in sizes]
     net.layers = nn.Sequential(*blocks, nn.Conv2d(7, 10, 1), nn.AvgPool2d(3))
     net(torch.randn(64, 1, 28, 28))  # for the statistics of BatchNorm
     return net.eval()

@@ -45,7 +45,7 @@ def test_the_activation_is_a_function_or_a_module_and_is_part_of_the_printed_for
     model, images = Net(activation=activation), torch.randn(4, 1, 28, 28)
     x = images
     for layer in model.layers[:9]:
-        x = activation(layer[1](layer[0](x))) if isinstance(layer, ConvBlock) else layer(x)
+        x = activation(layer.norm(layer.conv(x))) if isinstance(layer, ConvBlock) else layer(x)
     torch.testing.assert_close(model.train().layers[:9](images), x)
     assert getattr(activation, "__name__", type(activation).__name__) in str(model) != str(Net())
 
@@ -56,7 +56,7 @@ def test_with_a_block_taken_away_or_added_it_is_an_error_or_the_mean():
     del fewer.layers[8]
     with pytest.raises(ValueError, match="AvgPool2d"):
         fewer(images)  # 5 x 5 places
-    more.layers = nn.Sequential(*torch_layers[:9], ConvBlock(16, 16, 3, 0.0, F.silu), *torch_layers[9:]).eval()
+    more.layers = nn.Sequential(*torch_layers[:9], ConvBlock(16, 16, 3), *torch_layers[9:]).eval()
     scores = more.layers[:-1](images)  # 1 x 1 place
     torch.testing.assert_close(more(images), F.log_softmax(scores.mean((2, 3)), 1))
     smaller = nn.Sequential(*torch_layers[:9], nn.MaxPool2d(2, 1), *torch_layers[9:]).eval()
@@ -70,10 +70,13 @@ def test_output_is_log_probabilities_and_dropout_is_off_unless_asked_for():
     torch.testing.assert_close(without(images).exp().sum(1), torch.ones(5))
     assert torch.equal(without(images), without(images))
     assert not torch.equal(dropped(images), dropped(images))
+    with pytest.raises(ValueError, match=r"images of shape \(B, 1, 28, 28\), got \(1, 28, 28\)"):
+        without(images[0])
 
 
-@pytest.mark.parametrize("shape", [(28, 28), (1, 28, 28), (4, 784), (4, 28, 28), (4, 3, 28, 28), (4, 1, 32, 32)])
-def test_wrong_shape_says_what_was_expected_and_what_came(shape):
-    with pytest.raises(ValueError) as error:
-        Net()(torch.zeros(shape))
-    assert "(B, 1, 28, 28)" in str(error.value) and str(shape) in str(error.value)
+def test_another_number_of_channels_and_no_batchnorm_are_a_word_each():
+    """At least one channel is left. The other widths are in test_accuracy.py."""
+    assert Net(width=0.01)(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    model = Net(width=2.0)
+    model.layers[0].norm = nn.Identity()
+    assert "activation=silu" in str(model) and model(torch.randn(2, 1, 28, 28)).shape == (2, 10)

@@ -1,6 +1,6 @@
 import matplotlib.pyplot as plt
+import pytest
 import torch
-from matplotlib.figure import Figure
 
 from s6.utils import plot_curves, plot_digits, plot_mistakes
 
@@ -12,25 +12,36 @@ OUTPUTS = (ONE_HOT * CONFIDENCE[:, None] + (1 - ONE_HOT) * (1 - CONFIDENCE[:, No
 IMAGES = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 28, 28)
 
 
-def test_curves_show_both_sets_the_goal_and_the_last_value():
-    fig = plot_curves([0.5, 0.1], [90.0, 98.0], [0.3, 0.02], [95.0, 99.55])
-    left, right = fig.axes
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    yield
+    plt.close("all")
+
+
+def test_curves_show_both_sets_the_goal_and_the_last_value_and_can_be_saved(tmp_path):
+    plot_curves([0.5, 0.1], [90.0, 98.0], [0.3, 0.02], [95.0, 99.55])
+    left, right = plt.gcf().axes
     drawn = [list(line.get_ydata()) for axes in (left, right) for line in axes.lines]
     assert drawn == [[0.5, 0.1], [0.3, 0.02], [90.0, 98.0], [95.0, 99.55], [99.4, 99.4]]
     assert [t.get_text() for t in right.get_legend().get_texts()][1] == "test, last 99.55 %"
     assert right.get_ylim()[0] <= 95
-    plot_curves([], [], [], []).canvas.draw()  # interrupted in its first epoch
+    plt.savefig(tmp_path / "curves.png")
+    assert (plt.imread(tmp_path / "curves.png")[..., :3] != 1).mean() > 0.02, "not an empty figure"
+    plot_curves([], [], [], [])  # interrupted in its first epoch
+    plt.gcf().canvas.draw()
 
 
-def test_mistakes_are_the_wrong_ones_the_most_confident_first():
-    fig = plot_mistakes(IMAGES, OUTPUTS, LABELS)
-    titles = [axes.get_title() for axes in fig.axes if axes.images]
-    assert titles == ["9, read 4\n95%", "9, read 4\n70%", "5, read 6\n60%"]
-    assert [axes.images[0].get_array().max() for axes in fig.axes if axes.images] == [2, 4, 1]
+@pytest.mark.parametrize(
+    "outputs", [OUTPUTS, OUTPUTS + torch.arange(5.0)[:, None]], ids=["log-probabilities", "scores"]
+)
+def test_mistakes_are_the_wrong_ones_the_most_confident_first(outputs):
+    plot_mistakes(IMAGES, outputs, LABELS)
+    drawn = [axes for axes in plt.gcf().axes if axes.images]
+    assert [axes.get_title() for axes in drawn] == ["9, read 4\n95%", "9, read 4\n70%", "5, read 6\n60%"]
+    assert [axes.images[0].get_array().max() for axes in drawn] == [2, 4, 1]
 
 
-def test_a_perfect_network_has_no_mistakes_to_draw_and_pyplot_keeps_no_figure():
-    figures = plot_mistakes(IMAGES, OUTPUTS, PREDICTED), plot_digits(IMAGES)
-    for fig in figures:
-        fig.canvas.draw()
-        assert type(fig) is Figure and not plt.get_fignums()
+def test_a_perfect_network_has_no_mistakes_to_draw():
+    assert plot_mistakes(IMAGES, OUTPUTS, PREDICTED) is plot_digits(IMAGES) is None  # Jupyter shows the figure once
+    for number in plt.get_fignums():
+        plt.figure(number).canvas.draw()
