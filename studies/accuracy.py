@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -32,19 +31,17 @@ from studies.common import RESULTS, about, append, course_loader, get_device, lo
 # ---------------------------------------------------------------------------------------------------------- variants
 # Each variant has a name, and what it changes. The keys are fields of `Recipe` or arguments of `trial`.
 
-AS_THEY_COME = {"degrees": 10.0, "shear": 10.0, "upright": False}  # the recipe before the digits were made upright
 SGD = {"plain_sgd": True, "weight_decay": 0.0, "lr": 0.01, "schedule": "a tenth after epoch 15"}  # as in the course
-LARGE = {"batch_size": 512, "average": 0.0}  # the course's batches, and no moving average
+LARGE = {"batch_size": 512, "averaged": False}  # the course's batches, and no moving average
 LADDER = {  # from the course's recipe to ours, one step at a time
-    "the course's recipe": {"augment": "course", "dropout": 0.005, "net": "course", **SGD, **LARGE, **AS_THEY_COME},
-    "affine augmentation": {"dropout": 0.005, "net": "course", **SGD, **LARGE, **AS_THEY_COME},
-    "no dropout": {"net": "course", **SGD, **LARGE, **AS_THEY_COME},
-    "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU", **SGD, **LARGE, **AS_THEY_COME},
-    "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **LARGE, **AS_THEY_COME},
+    "the course's recipe": {"augment": "course", "dropout": 0.005, "net": "course", **SGD, **LARGE},
+    "affine augmentation": {"dropout": 0.005, "net": "course", **SGD, **LARGE},
+    "no dropout": {"net": "course", **SGD, **LARGE},
+    "BatchNorm before ReLU, no ReLU on the scores": {"net": "ReLU", **SGD, **LARGE},
+    "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **LARGE},
     # The next steps are batches of 250, SiLU and the moving average. The first two are the "raw accuracies" of the next
     # two variants, because these are without the average.
-    "ReLU for SiLU, digits as they come": {"net": "ReLU", **AS_THEY_COME},
-    "digits as they come": AS_THEY_COME,
+    "ReLU for SiLU": {"net": "ReLU"},
     "ours": {},
 }
 ABLATION = {  # "no moving average" needs no trials: see "raw accuracies" above
@@ -57,18 +54,12 @@ ABLATION = {  # "no moving average" needs no trials: see "raw accuracies" above
     "pooling one block earlier": {"net": "pooling earlier"},
     "dropout 0.05": {"dropout": 0.05},
 }
-WIDTHS = {
-    f"{width:g} of the channels": {"width": width} for width in (0.375, 0.5, 0.625, 0.6875, 0.75, 0.875, 1.25, 1.375)
-}
-UPRIGHT = {  # upright digits with weaker augmentation
-    f"upright, {degrees}° of rotation, {shear}° of shear": {"degrees": degrees, "shear": shear, "upright": True}
-    for degrees, shear in ((7.0, 5.0), (10.0, 0.0), (10.0, 5.0), (7.0, 0.0))
-}
+WIDTHS = {f"{width:g} of the channels": {"width": width} for width in (0.375, 0.5, 0.625, 0.75, 0.875, 1.25, 1.375)}
 NEXT = {  # the course's next assignment: fewer than 8,000 parameters, at most 15 epochs
     f"{width:g} of the channels, 15 epochs": {"width": width, "epochs": 15} for width in (0.75, 0.875)
 }
 STUDIES = {
-    "choosing": ("50k/10k", {"digits as they come": AS_THEY_COME} | UPRIGHT),
+    "choosing": ("50k/10k", {"ours": {}}),
     "report": ("60k/test", {"ours": {}}),
     "ladder": ("60k/test", LADDER),
     "ablation": ("60k/test", {"ours": {}} | ABLATION),
@@ -85,44 +76,36 @@ def settings(changes):
 # ------------------------------------------------------------------------------------------------------------- trial
 
 
-def build(net="ours", width=1, dropout=0.0):
-    """Return `Net` with one thing changed. `width` multiplies the channels of every block."""
+def build(net="ours", width=1.0, dropout=0.0):
+    """Return `Net` with one thing changed."""
     activation = F.relu if net == "ReLU" else F.silu
-    block = partial(ConvBlock, dropout=dropout, activation=activation)
-    model = Net(dropout, activation)
+    model = Net(dropout, activation, width)
     layers = list(model.layers)
     blocks = [i for i, layer in enumerate(layers) if isinstance(layer, ConvBlock)]
     if net == "no BatchNorm":
-        for i in blocks:
-            layers[i][1] = nn.Identity()
-            nn.init.kaiming_normal_(layers[i][0].weight)  # He et al., 2015. With torch's weights it learns nothing
-            nn.init.zeros_(layers[i][0].bias)
+        for block in (layers[i] for i in blocks):
+            block.norm = nn.Identity()
+            nn.init.kaiming_normal_(block.conv.weight)  # He et al., 2015. With torch's weights it learns nothing
+            nn.init.zeros_(block.conv.bias)
     elif net == "course":
         for i in blocks:
-            conv, norm, drop = layers[i]
-            layers[i] = nn.Sequential(conv, nn.ReLU(), norm, drop)
+            layers[i] = nn.Sequential(layers[i].conv, nn.ReLU(), layers[i].norm, layers[i].dropout)
         layers.insert(-1, nn.ReLU())  # on the scores
     elif net == "no transition":  # the next block takes all 16 channels
-        layers[4:6] = [block(16, 12, 3)]
+        layers[4:6] = [ConvBlock(16, 12, 3, dropout, activation)]
     elif net == "linear layer":
         layers[-2:] = [nn.Flatten(), nn.Linear(16 * 3 * 3, 10)]
     elif net == "pooling earlier":
         layers[2], layers[3], layers[-1] = layers[3], layers[2], nn.AvgPool2d(2)
     elif net not in ("ours", "ReLU"):
         raise ValueError(f"there is no network called {net!r}")
-    if width != 1:
-        for i in blocks:
-            conv = layers[i][0]
-            inputs = 1 if i == 0 else int(width * conv.in_channels)
-            layers[i] = block(inputs, int(width * conv.out_channels), conv.kernel_size[0])
-        layers[-2] = nn.Conv2d(int(width * 16), 10, 1)
     model.layers = nn.Sequential(*layers)
     return model
 
 
 def trial(
-    variant, split, seed, *, images=None, net="ours", width=1, dropout=0.0, augment="ours", plain_sgd=False,
-    schedule="one-cycle", **fields,
+    variant, split, seed, *, images=None, net="ours", width=1.0, dropout=0.0, augment="ours", plain_sgd=False,
+    schedule="one-cycle", averaged=True, **fields,
 ):  # fmt: skip
     """Train once and return the row without its settings. `fields` go to `Recipe`; `images` limits both sets."""
     start, device, recipe = time.process_time(), get_device(), Recipe(seed=seed, **fields)
@@ -140,12 +123,12 @@ def trial(
     if schedule != "one-cycle":
         late = {"constant": 1.0, "a tenth after epoch 15": 0.1}[schedule]
         scheduler = LambdaLR(optimizer, lambda step: late if step >= 15 * len(loader) else 1.0)
-    averaged = recipe.averaged(model)
+    averaged = recipe.averaged(model) if averaged else None
     losses, accuracies, raw = [], [], []
     extras = {"scheduler": scheduler, "averaged": averaged, "show_bar": False}
     for _ in range(recipe.epochs):
         train(model, device, loader, optimizer, F.nll_loss, **extras)
-        test(averaged, device, test_loader, F.nll_loss, losses, accuracies)
+        test(averaged or model, device, test_loader, F.nll_loss, losses, accuracies)
         if split == "60k/test":
             test(model, device, test_loader, F.nll_loss, None, raw)
     return {  # accuracies are in percent; "raw" ones are without the moving average
@@ -166,9 +149,9 @@ def trial(
 
 
 def missing(study, seeds, rows, only=None, **more):
-    """Return (variant, split, seed, changes) of each trial without a row from this kind of device.
+    """Return (variant, split, seed, changes) of each trial without a row from this kind of device, CPU or GPU.
 
-    CPUs and GPUs draw different augmentations. `more` has changes for all trials.
+    `more` has changes for all trials.
     """
     split, variants = STUDIES[study]
     cpu = get_device().type == "cpu"

@@ -1,11 +1,10 @@
 """Export the trained network to ONNX and to `torch.export`. Compare both with the network on the test images.
 
     make .venv/extras                      # installs what this needs
-    .venv/bin/python studies/export.py     # reads checkpoints/S6.pt, writes build/S6.onnx and build/S6.pt2
+    .venv/bin/python studies/export.py     # reads S6.pt, writes build/S6.onnx and build/S6.pt2
 
-Both exports take "images", (B, 1, 28, 28) float32 and normalised. They return log-probabilities, (B, 10). The network
-was trained on upright digits. So first apply `s6.utils.upright` to the uint8 images. Then normalise each pixel, as
-(pixel / 255 - 0.1307) / 0.3081.
+Both exports take "images", (B, 1, 28, 28) float32, and return log-probabilities, (B, 10). Normalise each pixel first,
+as (pixel / 255 - 0.1307) / 0.3081.
 """
 
 import sys
@@ -15,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from s6.model import Net
 from s6.utils import Recipe, mnist_loaders, predict
-from studies.common import DATA, ROOT
+from studies.common import DATA, ROOT, trained
 
 TOLERANCE = 1e-4  # of log-probabilities: exports may sum in another order
 
@@ -47,14 +45,10 @@ def compare(model, exported, loader):
 
 
 def main():
-    weights, folder = ROOT / "checkpoints" / "S6.pt", ROOT / "build"
-    if not weights.is_file():
-        sys.exit(f"There is no {weights}. Train first: make run")
-    model = Net()
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    model, folder = trained(), ROOT / "build"
     folder.mkdir(exist_ok=True)
     _, loader = mnist_loaders(Recipe(), "cpu", DATA)
-    for path, exported in export(model.eval(), folder).items():
+    for path, exported in export(model, folder).items():
         difference, other = compare(model, exported, loader)
         print(
             f"{path.name}: {path.stat().st_size:,} bytes; {len(loader.labels):,} images, log-probabilities differ by "

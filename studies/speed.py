@@ -6,8 +6,8 @@
 
 studies/README.md says what A, B and C are. A shared machine changes its speed. So A and B take turns with C, and their
 time is divided by C's. Half a piece of C runs first, then a piece of A or B, then the other half. On a CPU, an epoch of
-B is cut into ten pieces. An epoch of A is not, because its workers load images all the time. On a GPU no epoch is cut,
-because each call of `train` records a new graph. A measurement that has its row from the same device is skipped.
+B is cut into ten pieces. An epoch of A is not, because its workers load images all the time. A measurement that has its
+row from the same device is skipped.
 """
 
 import argparse
@@ -17,15 +17,12 @@ import time
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median, stdev
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from s6 import utils
 from s6.model import Net
 from s6.utils import Recipe, test, train
 from studies.common import RESULTS, about, append, course_loader, get_device, loaders, on, read
@@ -33,21 +30,16 @@ from studies.common import RESULTS, about, append, course_loader, get_device, lo
 # ------------------------------------------------------------------------------------------------- seconds of an epoch
 
 A, B = {"way": "A", "batch_size": 512, "dropout": 0.005}, {"way": "B"}
-ON_CPU = get_device().type == "cpu"
-LEVERS = ["no channels_last", "dropout 0.005", "torch's moving average", "SGD not fused"]
-LEVERS += [] if ON_CPU else ["no CUDA graph"]
-WORKERS = (0, 1, 2, 4) if ON_CPU else (0, 1, 2, 4, 8)  # of A
+WORKERS = (0, 1, 2, 4) if get_device().type == "cpu" else (0, 1, 2, 4, 8)  # of A
 TURNS = {"A": A, "A, no dropout": A | {"dropout": 0.0}, "B": B}  # arguments of `measure`
 TURNS |= {f"B, {n:,} images": B | {"share": n / 60_000} for n in (15_000, 30_000)}
 TURNS |= {f"B, batches of {n:,}": B | {"batch_size": n} for n in (125, 512, 1000)}
-TURNS |= {f"B, {lever}": B | {"lever": lever} for lever in LEVERS}
 
 
-def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, lever=None):
+def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0):
     """Return the batches of an epoch, and a function that trains on given batches."""
     device, recipe = get_device(), Recipe(batch_size=batch_size)
-    model = Net(0.005 if lever == "dropout 0.005" else dropout)
-    model = model.to(device) if way == "A" or lever == "no channels_last" else on(device, model)
+    model = Net(dropout).to(device) if way == "A" else on(device, Net(dropout))
     if way == "A":
         batches = course_loader(images, batch_size, workers)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -56,17 +48,10 @@ def prepared(way, images, workers=0, batch_size=Recipe.batch_size, dropout=0.0, 
         batches = [next(iter(batches))] * len(batches) if way == "C" else batches
         optimizer = recipe.optimizer(model)
     scheduler, averaged = recipe.scheduler(optimizer, len(batches)), recipe.averaged(model)
-    if lever == "torch's moving average":
-        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.average), use_buffers=True)
-    elif lever == "SGD not fused":
-        for group in optimizer.param_groups:
-            group.update(fused=False, foreach=not ON_CPU)
 
     def steps(batches):
         if way == "B":
-            graphed = (lambda step: step) if lever == "no CUDA graph" else utils.graphed
-            with mock.patch.object(utils, "graphed", graphed):
-                train(model, device, batches, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
+            train(model, device, batches, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
             return
         for data, target in batches:
             data, target = data.to(device), target.to(device)
@@ -89,8 +74,7 @@ def measure(way, images, workers, share=1.0, **setting):
     steps(islice(batches, 1 + len(batches) // 10))  # to warm up
     floor_steps(floor[: 1 + len(floor) // 10])
     seconds = [0.0, 0.0]  # of C, then of the epoch itself
-    whole = way == "A" or not ON_CPU
-    pieces, epoch = (1, None) if whole else (min(10, len(batches)), iter(batches))
+    pieces, epoch = (1, None) if way == "A" else (min(10, len(batches)), iter(batches))
     half = floor[: max(1, len(floor) // pieces // 2)]
     for i in range(pieces):
         count = len(batches) * (i + 1) // pieces - len(batches) * i // pieces
@@ -127,12 +111,9 @@ def epochs(path, images):
 
 # ------------------------------------------------------------------------------------------------------ time to 99.4 %
 
-# The first two were chosen on 50k/10k. On a GPU, Muon would launch too many small operations.
-SCHEDULES = {
-    "cpu": {"epochs": 3, "batch_size": 125, "lr": 0.03, "warmup": 0.1, "sgd_lr": 0.2},
-    "gpu": {"epochs": 8},
-    "recipe": {},
-}
+# Chosen on 50k/10k. Rows name the augmentation, too, because rows of a weaker one must not count as done.
+GOAL = {"epochs": 4, "batch_size": 125, "lr": 0.03, "warmup": 0.1, "sgd_lr": 0.2}
+GOAL |= {"degrees": Recipe.degrees, "shear": Recipe.shear}
 
 
 class Muon(torch.optim.Optimizer):
@@ -163,19 +144,17 @@ def orthogonalized(matrix):
     return x
 
 
-def training(seed, split, images, sgd_lr=None, **fields):
+def training(seed, split, images, sgd_lr, **fields):
     """Train and test after each epoch. Return the last accuracy, the last loss, and the seconds.
 
-    With `sgd_lr`, Muon trains the convolution kernels, and SGD at this rate the rest.
+    Muon trains the convolution kernels at the recipe's rate. SGD trains the rest at the rate `sgd_lr`.
     """
     device, recipe = get_device(), Recipe(seed=seed, **fields)
     loader, test_loader = loaders(recipe, device, split, images)
     torch.manual_seed(seed)
     model = on(device, Net())
-    optimizer = recipe.optimizer(model)
-    if sgd_lr:
-        groups = zip(optimizer.param_groups, (recipe.lr, sgd_lr), strict=True)  # kernels, the rest
-        optimizer = Muon([{"params": group["params"], "lr": lr} for group, lr in groups], {"momentum": recipe.momentum})
+    groups = zip(recipe.optimizer(model).param_groups, (recipe.lr, sgd_lr), strict=True)  # kernels, the rest
+    optimizer = Muon([{"params": group["params"], "lr": lr} for group, lr in groups], {"momentum": recipe.momentum})
     scheduler, averaged = recipe.scheduler(optimizer, len(loader)), recipe.averaged(model)
     start = time.perf_counter()
     for _ in range(recipe.epochs):
@@ -212,13 +191,17 @@ def tables(folder):
         axes.axvline(1, color="black", linestyle="--")
         axes.set(title=f"The ordinary way (A) and ours (B) on {device}", ylim=axes.get_ylim()[::-1])
         axes.set_xlabel("time of an epoch / time of C (median, lowest, highest)")
-        if mid.keys() >= {"A", "A, no dropout", "B", "B, batches of 512"}:  # all have been measured
-            print(f"\n| | measured |\n|---|---|\n| B / A | 1 / {mid['A'] / mid['B']:.1f} |")
-            print(f"| B / A without A's dropout | 1 / {mid['A, no dropout'] / mid['B']:.1f} |")
-            print(f"| and both in batches of 512 | 1 / {mid['A, no dropout'] / mid['B, batches of 512']:.1f} |\n")
+        ratios = {"B / A": ("A", "B"), "B / A without A's dropout": ("A, no dropout", "B")}
+        ratios["and both in batches of 512"] = "A, no dropout", "B, batches of 512"
+        print("\n| | measured |\n|---|---|")
+        for name, (a, b) in ratios.items():
+            if a in mid and b in mid:
+                print(f"| {name} | 1 / {mid[a] / mid[b]:.1f} |")
+        print()
     fig.savefig(folder / "speed.png", dpi=110)
-    print("| settings | split | device | accuracy (%) | lowest | loss | seconds | seeds |\n" + "|---" * 8 + "|")
     of = grouped(read(folder / "goal.csv"), ("settings", "split", "device"), ("accuracy", "loss", "seconds"))
+    if of:
+        print("| settings | split | device | accuracy (%) | lowest | loss | seconds | seeds |\n" + "|---" * 8 + "|")
     for key, (accuracy, loss, seconds) in of.items():
         sd = stdev(accuracy) if len(accuracy) > 1 else float("nan")
         print(f"| {' | '.join(key)} | {mean(accuracy):.2f} ± {sd:.2f} | {accuracy[0]:.2f} ", end="")
@@ -230,10 +213,7 @@ def main():
     parser.add_argument("part", choices=("epochs", "goal", "tables"))
     parser.add_argument("--split", choices=("60k/test", "50k/10k"), default="60k/test", help="for goal")
     parser.add_argument("--seeds", type=int, default=1, help="for goal: the last seed")
-    parser.add_argument("--schedule", choices=SCHEDULES, default="cpu" if ON_CPU else "gpu", help="for goal")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="for goal: fields of Recipe, or sgd_lr"
-    )
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for goal: other settings")
     parser.add_argument("--images", type=int, default=60_000, help="for a quick check; needs other --results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of rows and picture")
     options = parser.parse_args()
@@ -242,9 +222,8 @@ def main():
         return tables(options.results)
     if options.part == "epochs":
         return epochs(options.results / "speed.csv", options.images)
-    changed = {key: json.loads(value) for key, value in (item.split("=") for item in options.set)}
-    settings = SCHEDULES[options.schedule] | changed
-    text = ", ".join(f"{key}={value}" for key, value in settings.items()) or "the recipe"
+    settings = GOAL | {key: json.loads(value) for key, value in (item.split("=") for item in options.set)}
+    text = ", ".join(f"{key}={value}" for key, value in settings.items())
     settings |= {"split": options.split, "images": options.images}
     for n in range(1, options.seeds + 1):
         key = {"settings": text, "split": options.split, "seed": f"{n}", "device": about(get_device())["device"]}

@@ -1,4 +1,4 @@
-"""The exports compute what the network computes, whatever the size of the batch."""
+"""The exports compute what the network computes, for batches of any size."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from conftest import ROOT
 from s6.model import Net
 from s6.utils import Recipe, mnist_loaders
 from studies import export
+from studies.common import trained
 
 pytest.importorskip("onnxruntime", reason="needs tests/requirements.txt")
 pytest.importorskip("onnxscript", reason="needs tests/requirements.txt")
@@ -24,3 +25,17 @@ def test_both_exports_agree_with_the_network_and_not_with_another(mnist, tmp_pat
         assert export.compare(other, exported, loader)[0] > export.TOLERANCE
         for images in (torch.rand(n, 1, 28, 28) for n in (1, 2, 7)):
             torch.testing.assert_close(exported(images), model(images), rtol=0, atol=export.TOLERANCE)
+
+
+def test_the_weights_of_s6_ipynb_are_read_and_what_else_is_there_is_told_in_a_sentence(tmp_path):
+    path, net = tmp_path / "S6.pt", Net()
+    torch.save(net.state_dict(), path)
+    images = torch.rand(2, 1, 28, 28)
+    assert torch.equal(trained(path)(images), net.eval()(images))
+
+    whole = path.read_bytes()
+    torch.save({"layers.0.0.weight": torch.zeros(8, 1, 3, 3)}, path)  # the names of older weights
+    for content in (path.read_bytes(), whole[:9000], b"no weights", b"", None):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(SystemExit, match=r"S6\.pt holds no weights of Net\(\), so train first, with `make run`"):
+            trained(path)
