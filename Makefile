@@ -2,10 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 unexport JUPYTER_PATH  # it may name kernels of another Python
-export JUPYTER_PREFER_ENV_PATH := 1
 NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
-EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
-COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # keeps only the last state of a progress bar
+# Of a progress bar only the last state is kept.
+EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True
 LOAD := $(BIN)/python -c "from s6.utils import load_mnist; load_mnist(), load_mnist(train=False)"
 
 .PHONY: run test lint data test-browser test-colab draw stored ablation
@@ -13,7 +12,7 @@ LOAD := $(BIN)/python -c "from s6.utils import load_mnist; load_mnist(), load_mn
 run: data
 	@mkdir -p build; rm -f build/S6.ipynb build/S6.html
 	@$(BIN)/papermill --cwd notebooks --no-progress-bar --stdout-file - --stderr-file - notebooks/S6.ipynb build/S6.ipynb; \
-		status=$$?; $(NBCONVERT) --to html $(COALESCE) build/S6.ipynb && echo "Figures and pictures: build/S6.html"; exit $$status
+		status=$$?; $(NBCONVERT) --to html --CoalesceStreamsPreprocessor.enabled=True build/S6.ipynb && echo "Figures and pictures: build/S6.html"; exit $$status
 
 test: data .venv/extras
 	$(BIN)/python -m pytest --nbval
@@ -38,14 +37,13 @@ test-colab: data
 	.venv-colab/bin/python -m pip install --requirement tests/colab-constraints.txt --requirement requirements.txt
 	.venv-colab/bin/python -m pytest --nbval notebooks tests/test_notebook.py
 
-# Puts the weights of your newest training into the drawing page. It expects Recipe() and Net() without changes.
+# Puts the weights of your newest training into the drawing page. It expects Net() without changes.
 draw: .venv/installed
 	$(BIN)/python -c "import pathlib, s6.draw, studies.common as c; pathlib.Path('docs/weights.js').write_text(s6.draw.page_weights(c.trained()))"
 
 # Maintainers run this to store a new run of S6.ipynb, its curves (the fourth picture) and its weights.
 stored: data
 	$(EXECUTE) notebooks/S6.ipynb
-	$(NBCONVERT) --to notebook --inplace $(COALESCE) notebooks/S6.ipynb
 	$(NBCONVERT) --to markdown --output-dir build notebooks/S6.ipynb
 	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 4p') notebooks/curves.png
 	$(MAKE) draw

@@ -182,7 +182,7 @@ def page_weights(model):
     """
     net = copy.deepcopy(getattr(model, "module", model)).cpu().eval()  # a GPU rounds more
     layers, entries, activations = [], [], set()
-    for layer in net.layers[:-1]:  # the last takes the mean
+    for layer in getattr(net, "layers", [])[:-1]:  # the last takes the mean
         if isinstance(getattr(layer, "norm", None), nn.BatchNorm2d):
             activation = layer.activation
             activations.add(getattr(activation, "__name__", type(activation).__name__).lower())
@@ -196,6 +196,9 @@ def page_weights(model):
             raise ValueError(f"the drawing page does not know this layer: {layer}")
         layers.append(layer)
         entries.append(entry)
+    needs = "the drawing page needs blocks, then one convolution, as in Net"
+    if not activations:
+        raise ValueError(needs)
     activation = ", ".join(sorted(activations))
     if activation not in ("silu", "relu"):
         raise ValueError(f"the drawing page knows one activation, SiLU or ReLU, not {activation}")
@@ -208,7 +211,7 @@ def page_weights(model):
         scores = layers[-1](x).mean((2, 3))
         same = torch.allclose(F.log_softmax(scores, 1), net(images), atol=1e-4)
     if not same or not isinstance(layers[-1], nn.Conv2d):
-        raise ValueError("the drawing page needs blocks, then one convolution, as in Net")
+        raise ValueError(needs)
     weights = torch.cat([part.flatten() for layer in layers for part in layer.parameters()])
     constants = {
         "LAYERS": entries,

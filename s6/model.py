@@ -1,7 +1,5 @@
 """The network: nine convolutions, 10,474 parameters, no linear layer."""
 
-from collections import OrderedDict
-
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -14,13 +12,11 @@ class ConvBlock(nn.Sequential):
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout=0.0, activation=F.silu):
-        layers = {
-            "conv": nn.Conv2d(in_channels, out_channels, kernel_size),
-            "norm": nn.BatchNorm2d(out_channels),
-            "dropout": nn.Dropout(dropout),
-        }
-        super().__init__(OrderedDict(layers))
-        self.activation = activation  # a function has no line in the table of torchsummary
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size)
+        self.norm = nn.BatchNorm2d(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.activation = activation
 
     def forward(self, x):
         return self.dropout(self.activation(self.norm(self.conv(x))))
@@ -46,26 +42,24 @@ class Net(nn.Module):
     def __init__(self, dropout=0.0, activation=F.silu, width=1.0):
         super().__init__()
 
-        def channels(count):
-            return max(1, int(width * count))
-
         def block(in_channels, out_channels, kernel_size=3):
-            inputs = 1 if in_channels == 1 else channels(in_channels)  # the image has one channel
-            return ConvBlock(inputs, channels(out_channels), kernel_size, dropout, activation)
+            return ConvBlock(in_channels, out_channels, kernel_size, dropout, activation)
+
+        c8, c12, c16 = (max(1, int(width * channels)) for channels in (8, 12, 16))
 
         # Each comment gives the size of the maps and the receptive field, the width of the image
         # part that one output sees. A 3 x 3 kernel widens it by 2 pixels, after the pooling by 4.
         self.layers = nn.Sequential(
-            block(1, 8),  # 26 x 26, sees 3
-            block(8, 12),  # 24 x 24, sees 5
-            block(12, 16),  # 22 x 22, sees 7
+            block(1, c8),  # 26 x 26, sees 3
+            block(c8, c12),  # 24 x 24, sees 5
+            block(c12, c16),  # 22 x 22, sees 7
             nn.MaxPool2d(2),  # 11 x 11, sees 8: each layer from here on has a quarter of the work
-            block(16, 8, kernel_size=1),  # 11 x 11, sees 8: halves the channels with 136 parameters
-            block(8, 12),  # 9 x 9, sees 12
-            block(12, 16),  # 7 x 7, sees 16
-            block(16, 16),  # 5 x 5, sees 20
-            block(16, 16),  # 3 x 3, sees 24
-            nn.Conv2d(channels(16), 10, 1),  # 3 x 3, sees 24: each of nine places gets ten scores
+            block(c16, c8, kernel_size=1),  # 11 x 11, sees 8: half the channels, 136 parameters
+            block(c8, c12),  # 9 x 9, sees 12
+            block(c12, c16),  # 7 x 7, sees 16
+            block(c16, c16),  # 5 x 5, sees 20
+            block(c16, c16),  # 3 x 3, sees 24
+            nn.Conv2d(c16, 10, 1),  # 3 x 3, sees 24: each of nine places gets ten scores
             # With ceil_mode, a map smaller than 3 x 3 works, too. The layer takes its mean.
             nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28
         )

@@ -31,10 +31,10 @@ class Recipe:
     epochs: int = 20  # the assignment allows no more
     batch_size: int = 250  # divides 60,000, so every batch is full
     lr: float = 0.2  # the highest learning rate of the one-cycle schedule (Smith and Topin, 2018)
-    warmup: float = 0.2  # share of the steps in which the rate rises. Then it falls to zero
+    warmup: float = 0.2  # in this share of the steps the rate rises. Then the rate falls to zero
     momentum: float = 0.9  # of SGD, in Nesterov's form
     weight_decay: float = 5e-4  # on convolution kernels only, not on biases and BatchNorm
-    average: float = 9.0  # of the moving average: a larger number forgets old weights faster
+    average: float = 9.0  # the moving average covers about the last ninth of the steps so far
     degrees: float = 10.0  # augmentation: rotate by up to this many degrees, either way
     translate: float = 1.0  # augmentation: shift by up to this many pixels along each axis
     scale: float = 0.1  # augmentation: zoom by a factor from 1 - scale to 1 + scale
@@ -46,7 +46,7 @@ class Recipe:
         for name, value in getmembers(type(self), lambda member: isinstance(member, (int, float))):
             if name[0] != "_" and defaults.get(name) != value:
                 raise TypeError(
-                    f"`{name} = {value}` in class {cls} does nothing: write {cls}({name}={value}). "
+                    f"`{name} = {value}` in class {cls} sets nothing: write {cls}({name}={value}). "
                     f"Or write `{name}: float = {value}`, and @dataclass(frozen=True) above {cls}"
                 )
 
@@ -122,8 +122,8 @@ def load_mnist(root="data", train=True):
             raise ValueError("a file is damaged")  # torchvision does not notice
     except Exception as error:  # such as no network, half a file, a read-only folder
         raise RuntimeError(
-            f"MNIST could not be loaded: {error}. Delete the folder {root / 'MNIST'} and try "
-            "again. In a clone of the project, run `make data` instead."
+            f"MNIST could not be loaded: {error}. If a file is damaged, delete {root / 'MNIST'}. "
+            "Then try again. In a clone of the project, run `make data` instead."
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -131,7 +131,7 @@ def load_mnist(root="data", train=True):
 
 
 def affine(images, degrees, translate, scale, shear):
-    """Return the images rotated, shifted, zoomed and sheared, each by its own amounts.
+    """Return the images sheared, zoomed, rotated and shifted, each by its own amounts.
 
     Args:
         images: (B, 1, H, H) float, not yet normalised, because new pixels at the border are 0.
@@ -175,7 +175,7 @@ class Loader:
             order = torch.randperm(count, generator=generator).to(device)
             draws = (torch.rand(count, 5, generator=generator) * 2 - 1).to(device)
         self.epoch += 1
-        # Augment 1,000 images at once. On a GPU, few large operations are faster.
+        # Augment about 1,000 images at once. On a GPU, few large operations are faster.
         batches_at_once = math.ceil(1000 / self.batch_size)
         for chunk in order.split(batches_at_once * self.batch_size):
             images = self.images[chunk].float()
@@ -216,8 +216,8 @@ def train(
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
     model.train()
-    # The sums stay on the device, because reading them makes Python wait for it.
-    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    # The first two stay on the device, because reading them makes Python wait for it.
+    loss_sum, correct, seen = 0.0, 0, 0
     batches = train_loader
     if show_bar:  # on stdout: Jupyter shows stderr in red
         batches = tqdm(batches, f"epoch {len(train_losses) + 1}", leave=False, file=sys.stdout)
@@ -238,11 +238,11 @@ def train(
         if show_bar and step % 50 == 0:
             means = f"loss {loss_sum / seen:.4f}, accuracy {100 * correct / seen:.2f} %"
             batches.set_postfix_str(means)
-    mean_loss = loss_sum.item() / seen
+    mean_loss = float(loss_sum) / seen
     if not math.isfinite(mean_loss):
         raise FloatingPointError(f"the training loss is {mean_loss}: try a lower learning rate")
     train_losses.append(mean_loss)
-    train_acc.append(100 * correct.item() / seen)
+    train_acc.append(100 * int(correct) / seen)
     return train_losses, train_acc
 
 
@@ -309,16 +309,15 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc):
 
 
 def plot_digits(images, titles=None, columns=10):
-    """Draw (N, 1, 28, 28) images in a grid, each with a title."""
+    """Draw (N, 1, 28, 28) images in a grid, with titles if there are any."""
     rows = math.ceil(len(images) / columns) or 1  # an empty grid if there are no images
     size = (columns, rows * (1.45 if titles else 1.0))
     _, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axes in grid.flat:
+    for i, axes in enumerate(grid.flat):
         axes.axis("off")
-    titles = titles or [""] * len(images)
-    for axes, image, title in zip(grid.flat, images.cpu().numpy(), titles, strict=False):
-        axes.imshow(image[0], cmap="gray")
-        axes.set_title(title, fontsize=8)
+        if i < len(images):
+            axes.imshow(images[i, 0].cpu().numpy(), cmap="gray")
+            axes.set_title(titles[i] if titles else "", fontsize=8)
 
 
 def plot_mistakes(images, outputs, labels, limit=30):

@@ -5,9 +5,9 @@
     .venv/bin/python studies/speed.py tables             # prints the tables of both, draws results/speed.png
 
 studies/README.md says what A, B and C are. A shared machine changes its speed. So A and B take turns with C, and their
-time is divided by C's. Half a piece of C runs first, then a piece of A or B, then the other half. On a CPU, an epoch of
-B is cut into ten pieces. An epoch of A is not, because its workers load images all the time. A measurement that has its
-row from the same device is skipped.
+time is divided by C's. Half a piece of C runs first, then a piece of A or B, then the other half. An epoch of B is cut
+into ten pieces. An epoch of A is not, because its workers load images all the time. A measurement that has its row from
+the same device is skipped.
 """
 
 import argparse

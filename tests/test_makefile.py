@@ -33,12 +33,6 @@ def test_an_environment_whose_python_is_gone_is_made_again(make):
     assert "venv --clear .venv" in make("--dry-run", "data", python="exit 127")[1]
 
 
-def test_kernels_of_another_python_are_not_used(make, tmp_path):
-    with open(tmp_path / "Makefile", "a", encoding="utf-8") as file:
-        file.write('show:\n\t@echo "[$$JUPYTER_PATH]"\n')
-    assert make("show", JUPYTER_PATH="/another/python") == (0, "[]\n")
-
-
 def test_damaged_files_are_removed_and_loaded_again(make, tmp_path):
     damaged = tmp_path / "data" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
     damaged.parent.mkdir(parents=True)

@@ -60,6 +60,8 @@ def test_a_network_that_the_page_cannot_compute_is_refused(place, layers, messag
     net.layers = torch.nn.Sequential(*net.layers[:place], *layers, *net.layers[place + 1 :])
     with pytest.raises(ValueError, match=message):
         page_weights(net)
+    with pytest.raises(ValueError, match="needs blocks"):
+        page_weights(torch.nn.Linear(784, 10))
 
 
 def test_the_page_loads_its_weights_or_is_in_one_piece_for_a_notebook(network, tmp_path, monkeypatch):
