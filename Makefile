@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 unexport JUPYTER_PATH  # it may name kernels of another Python
 NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
-# Of a progress bar only the last state is kept.
-EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.coalesce_streams=True
+EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
+COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # keeps only the last state of a progress bar
 LOAD := $(BIN)/python -c "from s6.utils import load_mnist; load_mnist(), load_mnist(train=False)"
 
 .PHONY: run test lint data test-browser test-colab draw stored ablation
@@ -12,7 +12,7 @@ LOAD := $(BIN)/python -c "from s6.utils import load_mnist; load_mnist(), load_mn
 run: data
 	@mkdir -p build; rm -f build/S6.ipynb build/S6.html
 	@$(BIN)/papermill --cwd notebooks --no-progress-bar --stdout-file - --stderr-file - notebooks/S6.ipynb build/S6.ipynb; \
-		status=$$?; $(NBCONVERT) --to html --CoalesceStreamsPreprocessor.enabled=True build/S6.ipynb && echo "Figures and pictures: build/S6.html"; exit $$status
+		status=$$?; $(NBCONVERT) --to html $(COALESCE) build/S6.ipynb && echo "Figures and pictures: build/S6.html"; exit $$status
 
 test: data .venv/extras
 	$(BIN)/python -m pytest --nbval
@@ -44,6 +44,7 @@ draw: .venv/installed
 # Maintainers run this to store a new run of S6.ipynb, its curves (the fourth picture) and its weights.
 stored: data
 	$(EXECUTE) notebooks/S6.ipynb
+	$(NBCONVERT) --to notebook --inplace $(COALESCE) notebooks/S6.ipynb
 	$(NBCONVERT) --to markdown --output-dir build notebooks/S6.ipynb
 	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 4p') notebooks/curves.png
 	$(MAKE) draw
