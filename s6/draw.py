@@ -154,12 +154,10 @@ def read_picture(picture):
 
 
 def classify(model, images):
-    """Return labels, (N,), and probabilities, (N, 10), of (N, 28, 28) uint8 images.
-
-    `model` returns log-probabilities or scores, (N, 10).
-    """
+    """Return labels, (N,), and probabilities, (N, 10), of (N, 28, 28) uint8 images."""
     images = torch.as_tensor(images).to(next(model.parameters()).device).float().unsqueeze(1)
     with torch.no_grad():
+        # The softmax of log-probabilities are the probabilities. A network may return scores, too.
         probabilities = model.eval()((images / 255 - MEAN) / STD).softmax(1)
     return probabilities.argmax(1), probabilities
 
@@ -213,11 +211,8 @@ def page_weights(model):
     if not same or not isinstance(layers[-1], nn.Conv2d):
         raise ValueError(needs)
     weights = torch.cat([part.flatten() for layer in layers for part in layer.parameters()])
-    constants = {
-        "LAYERS": entries,
-        "ACTIVATION": activation,
-        "WEIGHTS": base64.b64encode(weights.detach().numpy()).decode(),
-    }
+    text = base64.b64encode(weights.detach().numpy()).decode()
+    constants = {"LAYERS": entries, "ACTIVATION": activation, "WEIGHTS": text}
     return "".join(f"const {name} = {json.dumps(value)};\n" for name, value in constants.items())
 
 

@@ -285,7 +285,7 @@ def fit(recipe, model, device, train_loader, criterion=F.nll_loss, bar=None):
 
 
 # ------------------------------------------------------------------------------------------- plots
-# Jupyter shows the figures. `plt.savefig(path)` after one of these functions writes a file.
+# Jupyter shows the figures. To save one, call `plt.savefig(path)` after it, in the same cell.
 
 
 def plot_curves(train_losses, train_acc, test_losses, test_acc):
