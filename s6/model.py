@@ -37,6 +37,8 @@ class Net(nn.Module):
         activation: function or module. SiLU, x * sigmoid(x), is a smooth ReLU (Hendrycks and
             Gimpel, 2016).
         width: factor for the number of channels of each block. Each has at least one channel.
+
+    Raises ValueError for images of another shape.
     """
 
     def __init__(self, dropout=0.0, activation=F.silu, width=1.0):
