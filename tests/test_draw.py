@@ -245,13 +245,10 @@ def test_large_pictures_are_read_and_pillow_s_limit_stays(tmp_path, monkeypatch)
     assert Image.MAX_IMAGE_PIXELS == 20_000
 
 
-@pytest.mark.parametrize("picture", ["one pixel", "one colour", "noise", "shade", "pale ink"])
-def test_paper_without_ink_is_refused(picture):
-    noise = np.random.default_rng(0).normal(200, 15, (600, 800)).clip(0, 255).astype(np.uint8)
-    shade = np.broadcast_to(np.linspace(90, 220, 800), (600, 800)).astype(np.uint8)
-    blank = {"one pixel": np.zeros((1, 1), np.uint8), "one colour": Image.new("RGB", (300, 200), "red")}
+@pytest.mark.parametrize("picture", [np.zeros((1, 1), np.uint8), Image.new("RGB", (300, 200), "red"), seven(ink=218)])
+def test_one_pixel_one_colour_and_pale_ink_are_refused(picture):
     with pytest.raises(ValueError, match="no ink was found"):
-        read_picture((blank | {"noise": noise, "shade": shade, "pale ink": seven(ink=218)})[picture])
+        read_picture(picture)
 
 
 def test_classify_and_its_picture(network):

@@ -1,4 +1,4 @@
-"""The experiment: it tells equal arms apart no more often than it says, and a failure loses no other training."""
+"""The experiment: its verdicts, its bad inputs, and a failure that loses no other training."""
 
 import re
 import sys
