@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: no bars among the tests' output
 
-import matplotlib.font_manager  # noqa: F401  on a new machine this builds a cache, and says so on stderr: not in a cell
+import matplotlib.pyplot as plt  # on a new machine this builds a cache, and says so on stderr: not in a cell
 import nbformat
 import pytest
 import torch
@@ -19,15 +19,22 @@ from s6.utils import Loader, load_mnist, test
 test.__test__ = False  # a function of the product, whatever its name
 torch.set_num_threads(1)  # for batches as small as the tests', a second thread costs more than it gives
 ROOT = Path(__file__).parent.parent
-WEIGHTS = (ROOT / "docs" / "weights.js").read_text(encoding="utf-8")
+NAMES = ("S6", "experiment", "ablation")
+NOTEBOOKS = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in NAMES}
+CODE = {name: [cell for cell in NOTEBOOKS[name].cells if cell.cell_type == "code"] for name in NAMES}
 
 
 def run_training_cell(names):
     """Run the cell of S6.ipynb that trains, over `names` and those of utils.py; what it leaves is in `names`, too."""
-    notebook = nbformat.read(ROOT / "notebooks" / "S6.ipynb", as_version=4)
-    [cell] = [c for c in notebook.cells if "\nfor epoch in range(" in c.source]
+    [cell] = [cell for cell in CODE["S6"] if "\nfor epoch in range(" in cell.source]
     names |= vars(utils) | {"torch": torch, "device": torch.device("cpu"), "Net": Net, "F": F} | names
     exec(cell.source, names)
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="session")
@@ -68,4 +75,4 @@ def network_in(text):
 @pytest.fixture(scope="session")
 def network():
     """The trained network of the drawing page. Its BatchNorms are folded into the convolutions."""
-    return network_in(WEIGHTS)
+    return network_in((ROOT / "docs" / "weights.js").read_text(encoding="utf-8"))

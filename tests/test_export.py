@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from conftest import ROOT
 
 from s6.model import Net
-from s6.utils import Recipe, mnist_loaders
 from studies import export
 from studies.common import trained
 
@@ -13,16 +11,14 @@ pytest.importorskip("onnxruntime", reason="needs tests/requirements.txt")
 pytest.importorskip("onnxscript", reason="needs tests/requirements.txt")
 
 
-def test_both_exports_agree_with_the_network_and_not_with_another(mnist, tmp_path):
-    _, loader = mnist_loaders(Recipe(), "cpu", ROOT / "data")
-    loader.images, loader.labels = loader.images[:1000], loader.labels[:1000]
+def test_both_exports_agree_with_the_network_and_not_with_another(batches, tmp_path):
     model, other = Net().eval(), Net().eval()
     exports = export.export(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"S6.onnx", "S6.pt2"}, "the weights are inside"
     for exported in exports.values():
-        difference, labels = export.compare(model, exported, loader)
+        difference, labels = export.compare(model, exported, batches)
         assert difference <= export.TOLERANCE and labels == 0
-        assert export.compare(other, exported, loader)[0] > export.TOLERANCE
+        assert export.compare(other, exported, batches)[0] > export.TOLERANCE
         for images in (torch.rand(n, 1, 28, 28) for n in (1, 2, 7)):
             torch.testing.assert_close(exported(images), model(images), rtol=0, atol=export.TOLERANCE)
 

@@ -10,36 +10,35 @@ from conftest import ROOT
 
 @pytest.fixture
 def make(tmp_path):
-    """Run `make` in a folder whose .venv has a shell script in place of Python; return exit code and output."""
+    """Run `make data` in a folder whose .venv has a shell script in place of Python; return exit code and output."""
     for name in ("Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    script = tmp_path / ".venv" / "bin" / "python"
+    script.parent.mkdir(parents=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
 
-    def run(*arguments, python="exit 0", **env):
-        script = tmp_path / ".venv" / "bin" / "python"
+    def run(python, *options):
         script.write_text(f"#!/bin/sh\n{python}\n", encoding="utf-8")
         script.chmod(0o755)
         (tmp_path / ".venv" / "installed").touch()
-        env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")} | env  # of `make test`
-        options = {"cwd": tmp_path, "env": env, "capture_output": True, "encoding": "utf-8"}
-        done = subprocess.run(["make", *arguments], **options)
+        done = subprocess.run(["make", "data", *options], cwd=tmp_path, env=env, capture_output=True, encoding="utf-8")
         return done.returncode, done.stdout + done.stderr
 
     return run
 
 
 def test_an_environment_whose_python_is_gone_is_made_again(make):
-    assert "venv --clear .venv" not in make("--dry-run", "data")[1]
-    assert "venv --clear .venv" in make("--dry-run", "data", python="exit 127")[1]
+    assert "venv --clear .venv" not in make("exit 0", "--dry-run")[1]
+    assert "venv --clear .venv" in make("exit 127", "--dry-run")[1]
 
 
 def test_damaged_files_are_removed_and_loaded_again(make, tmp_path):
     damaged = tmp_path / "data" / "MNIST" / "raw" / "train-labels-idx1-ubyte"
     damaged.parent.mkdir(parents=True)
     damaged.touch()
-    assert make("data", python=f'case "$2" in *load_mnist*) test ! -e "{damaged}" ;; esac') == (0, "")
+    assert make(f'case "$2" in *load_mnist*) test ! -e "{damaged}" ;; esac') == (0, "")
 
 
 def test_an_error_at_import_is_shown_as_what_it_is(make):
-    code, said = make("data", python='test -z "$2" || { echo "ImportError: no torch" >&2; exit 1; }')
+    code, said = make('test -z "$2" || { echo "ImportError: no torch" >&2; exit 1; }')
     assert code and "ImportError: no torch" in said and "mirrors" not in said

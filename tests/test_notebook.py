@@ -6,16 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_images, run_training_cell
+from conftest import CODE, NOTEBOOKS, ROOT, random_images, run_training_cell
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -24,10 +25,7 @@ from PIL import Image
 from s6.model import Net
 from s6.utils import Loader, Recipe
 
-NAMES = ("S6", "experiment", "ablation")
-NOTEBOOKS = [nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in NAMES]
-CODE, EXPERIMENT_CODE, ABLATION_CODE = ([cell for cell in each.cells if cell.cell_type == "code"] for each in NOTEBOOKS)
-SOURCES = [cell.source for cell in CODE]
+SOURCES = [cell.source for cell in CODE["S6"]]
 MODULES_CELL, SETTINGS, DATA, TRAINING, SAVED, CURVES, HANDWRITING = (
     next(i for i, source in enumerate(SOURCES) if re.search(f"^{start}", source, re.MULTILINE))
     for start in ("modules =", "recipe =", "train_loader,", "for epoch in", "saved =", "plot_curves", "picture =")
@@ -39,17 +37,17 @@ def text_of(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-@pytest.mark.parametrize(("code", "pictures"), [(CODE, 6), (EXPERIMENT_CODE, 2), (ABLATION_CODE, 6)], ids=NAMES)
-def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_particular(code, pictures):
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell.outputs]
+@pytest.mark.parametrize(("name", "pictures"), [("S6", 6), ("experiment", 2), ("ablation", 6)])
+def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_particular(name, pictures):
+    assert [cell.execution_count for cell in CODE[name]] == list(range(1, len(CODE[name]) + 1))
+    outputs = [output for cell in CODE[name] for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) == pictures
     assert not re.search(r"/(home|root|work|tmp|Users|content)/", json.dumps(outputs))
 
 
 def test_readme_shows_the_pictures_of_the_stored_runs():
-    curves = base64.b64decode(CODE[CURVES].outputs[-1].data["image/png"])
+    curves = base64.b64decode(CODE["S6"][CURVES].outputs[-1].data["image/png"])
     assert (ROOT / "notebooks" / "curves.png").read_bytes() == curves
     assert all((ROOT / picture).is_file() for picture in re.findall(r"!\[.*\]\((.*\.png)\)", README))
 
@@ -62,7 +60,7 @@ def test_readme_s_example_runs(batches, monkeypatch, capsys):
 
 
 def test_badges_and_notebooks_have_one_address():
-    text = README + "".join(map(nbformat.writes, NOTEBOOKS))
+    text = README + "".join(map(nbformat.writes, NOTEBOOKS.values()))
     addresses = re.findall(r"github(?:\.com)?/([\w-]+/[\w-]+)(?:/blob/main/notebooks/| S6)", text)
     assert len(addresses) == 4 + 3 and len(set(addresses)) == 1
 
@@ -74,16 +72,13 @@ def copy_modules(folder, names=("model.py", "utils.py")):
     return folder
 
 
-# --------------------------------------------------------------------------------------------- single cells, right here
-
-
 @pytest.fixture
 def run_here(tmp_path, monkeypatch):
-    """Run a cell that may call git, in an empty folder; return its names. There is no repository to clone."""
+    """Run a cell in an empty folder; return its names. What it clones is the folder `repository`, if there is one."""
     address = re.search("https://github.com/[^ ]+", SOURCES[MODULES_CELL])[0]
-    for name, value in (("GLOBAL", "/dev/null"), ("COUNT", "1"), ("VALUE_0", address)):
+    instead = f"url.file://{tmp_path}/repository.insteadOf"
+    for name, value in (("GLOBAL", "/dev/null"), ("COUNT", "1"), ("KEY_0", instead), ("VALUE_0", address)):
         monkeypatch.setenv(f"GIT_CONFIG_{name}", value)
-    monkeypatch.setenv("GIT_CONFIG_KEY_0", "url.file:///nowhere.insteadOf")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr("sys.path", [*sys.path])
@@ -97,17 +92,6 @@ def run_here(tmp_path, monkeypatch):
     return run
 
 
-@pytest.fixture
-def repository(tmp_path, run_here, monkeypatch):
-    """Now there is one, with the modules and the rows."""
-    folder = copy_modules(tmp_path / "repository" / "s6").parent
-    shutil.copytree(ROOT / "studies" / "results", folder / "studies" / "results")
-    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-C", folder]
-    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "The project"]):
-        subprocess.run([*git, *command], check=True)
-    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.file://{folder}.insteadOf")
-
-
 @pytest.mark.parametrize(
     ("modules", "found", "folder"), [("here", ".", "."), ("here/s6", "s6", "."), ("s6", "../s6", "..")]
 )
@@ -119,25 +103,29 @@ def test_the_modules_are_found_beside_the_notebook_or_in_a_checkout(modules, fou
     assert names["folder"] == Path(folder), "images and weights are beside the modules, or in the root of the checkout"
 
 
-def test_without_modules_the_project_is_cloned_once(run_here, repository, capsys):
+def test_without_modules_the_project_is_cloned_once(run_here, tmp_path, capsys):
+    folder = copy_modules(tmp_path / "repository" / "s6").parent
+    shutil.copytree(ROOT / "studies" / "results", folder / "studies" / "results")
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-C", folder]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "The project"]):
+        subprocess.run([*git, *command], check=True)
     for _ in range(2):
         assert run_here(SOURCES[MODULES_CELL])["modules"] == Path("S6/s6")
-    names = run_here(EXPERIMENT_CODE[0].source)
-    [place] = re.findall(r"read_csv\((.*)\)", EXPERIMENT_CODE[-1].source)
+    names = run_here(CODE["experiment"][0].source)
+    [place] = re.findall(r"read_csv\((.*)\)", CODE["experiment"][-1].source)
     assert eval(place, names).is_file()
-    run_here(ABLATION_CODE[0].source)
-    assert capsys.readouterr().out == text_of(ABLATION_CODE[0])
+    run_here(CODE["ablation"][0].source)
+    assert capsys.readouterr().out == text_of(CODE["ablation"][0])
 
 
 @pytest.mark.parametrize(
     ("source", "present", "foreign", "message"),
     [
         (SOURCES[MODULES_CELL], [], None, "S6/s6/model.py is missing or belongs to another project"),
-        (SOURCES[MODULES_CELL], ["utils.py"], None, "model.py is missing or belongs to another project"),
         (SOURCES[MODULES_CELL], ["model.py"], "utils.py", "utils.py is missing or belongs to another project"),
         (SOURCES[MODULES_CELL], ["utils.py"], "model.py", "model.py is missing or belongs to another project"),
-        (EXPERIMENT_CODE[0].source, [], None, "Upload model.py, utils.py and accuracy.csv beside this notebook"),
-        (ABLATION_CODE[0].source, [], None, "Upload accuracy.csv from studies/results beside this notebook"),
+        (CODE["experiment"][0].source, [], None, "Upload model.py, utils.py and accuracy.csv beside this notebook"),
+        (CODE["ablation"][0].source, [], None, "Upload accuracy.csv from studies/results beside this notebook"),
     ],
 )
 def test_what_is_missing_or_of_another_project_is_named(source, present, foreign, message, run_here):
@@ -169,24 +157,17 @@ def test_the_training_cell_run_twice_gives_the_same_figures_and_weights(tmp_path
 
 @pytest.mark.parametrize("calls", [3, 5, 9, 11])  # an epoch is five batches and the test
 def test_an_interrupted_training_can_be_drawn(calls, tmp_path):
-    counter = count()
-
-    def criterion(outputs, labels):
-        if next(counter) == calls:
-            raise KeyboardInterrupt
-        return F.nll_loss(outputs, labels)
-
+    criterion = Mock(wraps=F.nll_loss, side_effect=[DEFAULT] * calls + [KeyboardInterrupt])
     names, histories = training(tmp_path, criterion)
     assert [len(history) for history in histories] == [(calls + 1) // 6] * 2 + [calls // 6] * 2
     exec(SOURCES[CURVES], names)
-    plt.close()
 
 
 def test_the_saved_weights_serve_without_our_loaders(network, tmp_path, mnist, capsys):
     torch.save(network.state_dict(), tmp_path / "S6.pt")
     (tmp_path / "data").symlink_to(ROOT / "data")
     exec(SOURCES[SAVED], names := {"Net": Net, "torch": torch, "folder": tmp_path})
-    assert capsys.readouterr().out == text_of(CODE[SAVED])
+    assert capsys.readouterr().out == text_of(CODE["S6"][SAVED])
     read = [names["saved"](image[None]).argmax().item() == label for image, label in islice(names["digits"], 100)]
     assert sum(read) >= 98
 
@@ -198,7 +179,6 @@ def test_handwriting_is_read_and_a_network_without_a_page_goes_on(tmp_path, monk
     shown, names = [], {"modules": ROOT / "s6", "averaged": Net().to(memory_format=torch.channels_last)}
     exec(SOURCES[HANDWRITING], names)
     assert len(plt.gcf().axes) == 3
-    plt.close()
     names["display"] = shown.append
     exec(SOURCES[HANDWRITING + 1], names)
     assert "<iframe srcdoc=" in shown[0].data
@@ -209,9 +189,6 @@ def test_handwriting_is_read_and_a_network_without_a_page_goes_on(tmp_path, monk
     with pytest.raises(ValueError, match="no ink was found"):
         exec(SOURCES[HANDWRITING].replace('picture = ""', 'picture = "digit.png"'), names)
     del sys.modules["draw"]
-
-
-# ------------------------------------------------------------------------------------------- the notebook in a kernel
 
 
 def test_with_two_modules_and_a_drive_it_runs_to_the_verdict(tmp_path, mnist, monkeypatch):

@@ -1,5 +1,4 @@
 import matplotlib.pyplot as plt
-import pytest
 import torch
 
 from s6.utils import plot_curves, plot_digits, plot_mistakes
@@ -10,12 +9,6 @@ CONFIDENCE = torch.tensor([0.99, 0.60, 0.95, 0.8, 0.7])
 ONE_HOT = torch.eye(10)[PREDICTED]
 OUTPUTS = (ONE_HOT * CONFIDENCE[:, None] + (1 - ONE_HOT) * (1 - CONFIDENCE[:, None]) / 9).log()
 IMAGES = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 28, 28)
-
-
-@pytest.fixture(autouse=True)
-def no_open_figures():
-    yield
-    plt.close("all")
 
 
 def test_curves_show_both_sets_the_goal_and_the_last_value_and_can_be_saved(tmp_path):
@@ -31,11 +24,9 @@ def test_curves_show_both_sets_the_goal_and_the_last_value_and_can_be_saved(tmp_
     plt.gcf().canvas.draw()
 
 
-@pytest.mark.parametrize(
-    "outputs", [OUTPUTS, OUTPUTS + torch.arange(5.0)[:, None]], ids=["log-probabilities", "scores"]
-)
-def test_mistakes_are_the_wrong_ones_the_most_confident_first(outputs):
-    plot_mistakes(IMAGES, outputs, LABELS)
+def test_mistakes_are_the_wrong_ones_the_most_confident_first():
+    scores = OUTPUTS + torch.arange(5.0)[:, None]
+    plot_mistakes(IMAGES, scores, LABELS)
     drawn = [axes for axes in plt.gcf().axes if axes.images]
     assert [axes.get_title() for axes in drawn] == ["9, read 4\n95%", "9, read 4\n70%", "5, read 6\n60%"]
     assert [axes.images[0].get_array().max() for axes in drawn] == [2, 4, 1]
