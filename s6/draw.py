@@ -157,7 +157,7 @@ def classify(model, images):
     """Return labels, (N,), and probabilities, (N, 10), of (N, 28, 28) uint8 images."""
     images = torch.as_tensor(images).to(next(model.parameters()).device).float().unsqueeze(1)
     with torch.no_grad():
-        # The softmax of log-probabilities are the probabilities. A network may return scores, too.
+        # Softmax makes probabilities of log-probabilities, and of scores, too.
         probabilities = model.eval()((images / 255 - MEAN) / STD).softmax(1)
     return probabilities.argmax(1), probabilities
 

@@ -68,7 +68,7 @@ def test_stored_rows_are_whole_there_once_and_of_the_variants_as_they_are_now():
 def test_readme_and_s6_ipynb_say_what_the_rows_say():
     """Gains are means of differences between trainings with the same seed on the same kind of device."""
     rows = pd.DataFrame([row for row in ROWS if row["split"] == "60k/test"])
-    rows = rows.set_index(["variant", rows["device"].str.contains("CPUs"), "seed"])
+    rows = rows.set_index(["variant", rows.apply(on_cpu, axis=1), "seed"])
     last, raw = (rows[kind].str.split().str[-1].astype(float) for kind in ("accuracies", "raw accuracies"))
     goal = [row for row in read(accuracy.RESULTS / "goal.csv") if row["split"] == "60k/test" and on_cpu(row)]
     short = pd.Series([float(row["accuracy"]) for row in goal if row["settings"].startswith("epochs=4, ")])
