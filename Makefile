@@ -41,12 +41,12 @@ test-colab: data
 draw: .venv/installed
 	$(BIN)/python -c "import pathlib, s6.draw, studies.common as c; pathlib.Path('docs/weights.js').write_text(s6.draw.page_weights(c.trained()))"
 
-# Maintainers run this to store a new run of S6.ipynb, its curves (the fourth picture) and its weights.
+# Maintainers run this to store a new run of S6.ipynb, two of its seven pictures, and its weights.
 stored: data
 	$(EXECUTE) notebooks/S6.ipynb
 	$(NBCONVERT) --to notebook --inplace $(COALESCE) notebooks/S6.ipynb
 	$(NBCONVERT) --to markdown --output-dir build notebooks/S6.ipynb
-	cp $$(grep -o 'S6_files/[^)]*' build/S6.md | sed -n 's|^|build/|; 4p') notebooks/curves.png
+	set -- $$(grep -o 'S6_files/[^)]*' build/S6.md); cp build/$$4 notebooks/curves.png; cp build/$$7 notebooks/gains.png
 	$(MAKE) draw
 
 # Maintainers run this after new rows in studies/results/accuracy.csv, to store new runs of the other two notebooks.

@@ -63,11 +63,11 @@ def _extent(region):
 
 
 def _find_ink(grey):
-    """Return how much darker than the paper each pixel is, a mask of the ink, and the contrast.
+    """Return `(darker, ink, contrast)`, three arrays of the shape of `grey`, (H, W).
 
-    All have the shape of `grey`, (H, W). The first is a share of the paper's grey. The contrast is
-    in grey levels, to the mean grey around a pixel, ink included. Light ink on dark paper is
-    inverted first. Raises ValueError for one colour.
+    `darker` compares each pixel with the paper, as a share of the paper's grey. `ink` is a mask.
+    `contrast` compares each pixel with the mean of everything around it, in grey levels. Light ink
+    on dark paper is inverted first. Raises ValueError for one colour.
     """
     contrast = gaussian_filter(_local_mean(grey) - grey, 0.7)  # blurred, so that noise is not ink
     ink = contrast > threshold_otsu(contrast)
@@ -91,8 +91,8 @@ def _find_digit(ink, contrast):
     parts = [r for r in regionprops(labels, contrast) if r.intensity_mean >= 20]
     if not parts:
         raise ValueError("no ink was found, or it is too pale: use a darker pen, or more light")
-    # A table or a printed line reaches the border. A digit does so only in a tight crop. There,
-    # nothing else is a tenth as large as the picture.
+    # A table or a printed line reaches the border. A digit reaches it only in a tight crop. In a
+    # tight crop, no other region is a tenth as large as the picture.
     sides = labels[0], labels[-1], labels[:, 0], labels[:, -1]
     regions = [r for r in parts if not any(r.label in side for side in sides)]
     if max(map(_extent, regions), default=0) < 0.1 * max(ink.shape):
@@ -111,8 +111,8 @@ def _find_digit(ink, contrast):
     regions = framed or regions
     largest = max(regions, key=_extent)
 
-    # Strokes near the largest belong to its digit, and strokes near those. A digit has more room
-    # at its sides than its strokes have between them.
+    # Strokes near the largest region belong to the same digit. So do strokes near these. We look
+    # less far to the sides, because another digit may stand there.
     reach, digit = _extent(largest), [largest.label]
     for _ in range(2):
         near = maximum_filter(np.isin(labels, digit), (reach | 1, int(0.4 * reach) | 1))

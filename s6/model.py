@@ -7,8 +7,11 @@ import torch.nn.functional as F
 class ConvBlock(nn.Sequential):
     """Apply convolution, BatchNorm, activation, dropout. Maps become smaller by kernel_size - 1.
 
-    BatchNorm comes before the activation, as in Ioffe and Szegedy, 2015. This is a Sequential,
-    because torchsummary then lists its layers, but not the block itself.
+    A map is an image that a convolution makes, one for each channel. BatchNorm shifts and scales
+    each map, so that over a batch its pixels have mean 0 and standard deviation 1. Then it applies
+    a learned factor and offset. It comes before the activation, as in Ioffe and Szegedy, 2015.
+
+    torchsummary lists the layers inside a Sequential, but not the Sequential. So this class is one.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout=0.0, activation=F.silu):
@@ -28,12 +31,12 @@ class ConvBlock(nn.Sequential):
 class Net(nn.Module):
     """Classify digits: return (B, 10) log-probabilities of normalised images, (B, 1, 28, 28).
 
-    The course's network has the same layers. There, ReLU comes before BatchNorm, and another ReLU
-    follows the last convolution. The biases of the blocks do nothing, because BatchNorm subtracts
-    them. We keep them to have the course's number of parameters.
+    The convolutions and the number of parameters are the course's. There, ReLU comes before
+    BatchNorm, and another ReLU follows the last convolution. The biases of the blocks do nothing,
+    because BatchNorm subtracts the mean. We keep them, because the course's network has them.
 
     Args:
-        dropout: probability that a value becomes zero. With augmentation we need no dropout.
+        dropout: probability that a value becomes zero in training. With 0, dropout does nothing.
         activation: function or module. SiLU, x * sigmoid(x), is a smooth ReLU (Hendrycks and
             Gimpel, 2016).
         width: factor for the number of channels of each block. Each has at least one channel.
@@ -49,8 +52,9 @@ class Net(nn.Module):
 
         c8, c12, c16 = (max(1, int(width * channels)) for channels in (8, 12, 16))
 
-        # Each comment gives the size of the maps and the receptive field, the width of the image
-        # part that one output sees. A 3 x 3 kernel widens it by 2 pixels, after the pooling by 4.
+        # The comments give the size of the maps. They also say how many pixels of the image, in
+        # each direction, a pixel of a map depends on ("sees"). This is its receptive field. A 3 x 3
+        # kernel adds 2 pixels before the pooling, and 4 pixels after it.
         self.layers = nn.Sequential(
             block(1, c8),  # 26 x 26, sees 3
             block(c8, c12),  # 24 x 24, sees 5
@@ -62,8 +66,8 @@ class Net(nn.Module):
             block(c16, c16),  # 5 x 5, sees 20
             block(c16, c16),  # 3 x 3, sees 24
             nn.Conv2d(c16, 10, 1),  # 3 x 3, sees 24: each of nine places gets ten scores
-            # With ceil_mode, a map smaller than 3 x 3 works, too. The layer takes its mean.
-            nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28
+            # ceil_mode lets the layer take the mean of a map that is smaller than 3 x 3, too.
+            nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28: the mean of the nine places
         )
 
     def forward(self, images):

@@ -1,4 +1,7 @@
-"""Everything around the network: recipe, data, training and plots."""
+"""Everything around the network: recipe, data, training and plots.
+
+At a first reading, skip `__post_init__`, `load_mnist` and `affine`.
+"""
 
 import hashlib
 import math
@@ -24,17 +27,18 @@ from tqdm import tqdm
 class Recipe:
     """All settings of a training. `Recipe(epochs=5)` changes one of them.
 
-    To change more than a number, override a method in a subclass.
+    To change more than a number, write a subclass with a method of its own, such as
+    `def augment(self, images, draws): return images` for no augmentation.
     """
 
-    seed: int = 1  # of the first weights, of the order of the images and of their augmentation
+    seed: int = 1  # fixes the first weights, the order of the images and their augmentation
     epochs: int = 20  # the assignment allows no more
     batch_size: int = 250  # divides 60,000, so every batch is full
     lr: float = 0.2  # the highest learning rate of the one-cycle schedule (Smith and Topin, 2018)
     warmup: float = 0.2  # in this share of the steps the rate rises. Then the rate falls to zero
-    momentum: float = 0.9  # of SGD, in Nesterov's form
-    weight_decay: float = 5e-4  # on convolution kernels only, not on biases and BatchNorm
-    average: float = 9.0  # the moving average covers about the last ninth of the steps so far
+    momentum: float = 0.9  # each step also repeats this share of the step before it
+    weight_decay: float = 5e-4  # each step also shrinks the kernels by this share of the rate
+    average: float = 9.0  # the moving average covers about the last 1/9 of all steps so far
     degrees: float = 10.0  # augmentation: rotate by up to this many degrees, either way
     translate: float = 1.0  # augmentation: shift by up to this many pixels along each axis
     scale: float = 0.1  # augmentation: zoom by a factor from 1 - scale to 1 + scale
@@ -51,7 +55,7 @@ class Recipe:
                 )
 
     def augment(self, images, draws):
-        """Return distorted images. Random `draws`, (B, 5), from -1 to 1, say how much."""
+        """Return distorted images. `draws` are (B, 5) random numbers from -1 to 1."""
         degrees, translate = self.degrees * draws[:, 0], self.translate * draws[:, 1:3]
         scale, shear = 1 + self.scale * draws[:, 3], self.shear * draws[:, 4]
         return affine(images, degrees, translate, scale, shear)
@@ -59,7 +63,7 @@ class Recipe:
     def optimizer(self, model):
         """Return the optimizer, SGD with Nesterov's momentum."""
         kernels = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]  # biases and BatchNorm
+        others = [p for p in model.parameters() if p.ndim <= 1]  # biases and BatchNorm: no decay
         groups = [{"params": kernels, "weight_decay": self.weight_decay}, {"params": others}]
         nesterov = self.momentum > 0  # torch accepts no Nesterov without momentum
         return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=nesterov, fused=True)
@@ -67,7 +71,8 @@ class Recipe:
     def scheduler(self, optimizer, steps_per_epoch):
         """Return the one-cycle schedule. Its rate rises linearly, then falls linearly to zero."""
         steps = self.epochs * steps_per_epoch
-        knots = [-1, self.warmup * steps, steps]  # from -1, so that the first rate is not zero
+        # The rate is 0 at step -1, so it is above 0 at the first step, which is step 0.
+        knots = [-1, self.warmup * steps, steps]
         return LambdaLR(optimizer, lambda step: float(np.interp(step, knots, [0, 1, 0])))
 
     def averaged(self, model):
@@ -79,7 +84,11 @@ class MovingAverage(AveragedModel):
     """Moving average of a model's weights and BatchNorm statistics. It is a model, too.
 
     While the rate is high, the weights jump around a good place. Their average lies in the middle.
-    So test and save the average. It is the polynomial-decay average of Shamir and Zhang, 2013.
+    So test and save the average.
+
+    Each step moves the average towards the new weights. In step n, counted from 0, it moves by the
+    share average / (average + 1 + n). With average=9, this is 9/10 at first, to forget the
+    untrained weights, then 9/11, 9/12, and so on (Shamir and Zhang, 2013).
     """
 
     def __init__(self, model, average):
@@ -87,14 +96,12 @@ class MovingAverage(AveragedModel):
         self.average = average
 
     def update_parameters(self, model):
-        """Move the average a little towards the weights of `model`. Call this after each step."""
-        # Large at first, to forget the untrained weights. Later the average covers more steps.
+        """Move the average towards the weights of `model`. Call this after each step."""
         share = self.average / (self.average + 1 + int(self.n_averaged))
-        averages, weights = (
-            [tensor for tensor in net.state_dict().values() if tensor.is_floating_point()]
-            for net in (self.module, model)
-        )
-        torch._foreach_lerp_(averages, weights, share)  # average += share * (weight - average)
+        old, new = self.module.state_dict(), model.state_dict()
+        names = [name for name, tensor in new.items() if tensor.is_floating_point()]
+        # old += share * (new - old)
+        torch._foreach_lerp_([old[name] for name in names], [new[name] for name in names], share)
         self.n_averaged += 1
 
 
@@ -175,14 +182,16 @@ class Loader:
             order = torch.randperm(count, generator=generator).to(device)
             draws = (torch.rand(count, 5, generator=generator) * 2 - 1).to(device)
         self.epoch += 1
-        # Augment about 1,000 images at once. On a GPU, few large operations are faster.
-        batches_at_once = math.ceil(1000 / self.batch_size)
-        for chunk in order.split(batches_at_once * self.batch_size):
-            images = self.images[chunk].float()
+        # Prepare several batches at once, about 1,000 images. On a GPU, this is faster.
+        chunk_size = math.ceil(1000 / self.batch_size) * self.batch_size
+        for chunk in order.split(chunk_size):
+            images, labels = self.images[chunk].float(), self.labels[chunk]
             if self.augment is not None:
                 images = self.augment(images, draws[chunk])
-            batches = ((images - 255 * MEAN) / (255 * STD)).split(self.batch_size)
-            yield from zip(batches, self.labels[chunk].split(self.batch_size), strict=True)
+            images = (images - 255 * MEAN) / (255 * STD)
+            for start in range(0, len(labels), self.batch_size):
+                batch = slice(start, start + self.batch_size)
+                yield images[batch], labels[batch]
 
 
 def make_loaders(recipe, device, train_set, test_set):
@@ -216,8 +225,7 @@ def train(
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
     model.train()
-    # The first two stay on the device, because reading them makes Python wait for it.
-    loss_sum, correct, seen = 0.0, 0, 0
+    loss_sum, correct, seen = 0.0, 0, 0  # the first two stay on the device: Python need not wait
     batches = train_loader
     if show_bar:  # on stdout: Jupyter shows stderr in red
         batches = tqdm(batches, f"epoch {len(train_losses) + 1}", leave=False, file=sys.stdout)
@@ -261,7 +269,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
     test_acc = [] if test_acc is None else test_acc
     outputs, labels = predict(model, device, test_loader)
     test_losses.append(criterion(outputs, labels).item())
-    # Count first, then divide. A float32 mean of 9,940 in 10,000 would be more than 99.4 %.
+    # Count first, then divide. As a float32 mean, 9,940 of 10,000 is slightly more than 99.4 %.
     test_acc.append(100 * (outputs.argmax(1) == labels).sum().item() / len(labels))
     return test_losses, test_acc
 
@@ -275,10 +283,12 @@ def fit(recipe, model, device, train_loader, criterion=F.nll_loss, bar=None):
     optimizer = recipe.optimizer(model)
     scheduler = recipe.scheduler(optimizer, len(train_loader))
     averaged = recipe.averaged(model)
-    extras = {"scheduler": scheduler, "averaged": averaged, "show_bar": bar is None}
-    histories = [], []
+    losses, accuracies = [], []
     for _ in range(recipe.epochs):
-        train(model, device, train_loader, optimizer, criterion, *histories, **extras)
+        train(
+            model, device, train_loader, optimizer, criterion, losses, accuracies,
+            scheduler=scheduler, averaged=averaged, show_bar=bar is None,
+        )  # fmt: skip
         if bar is not None:
             bar.update()
     return averaged

@@ -26,9 +26,9 @@ from s6.model import Net
 from s6.utils import Loader, Recipe
 
 SOURCES = [cell.source for cell in CODE["S6"]]
-MODULES_CELL, SETTINGS, DATA, TRAINING, SAVED, CURVES, HANDWRITING = (
+MODULES_CELL, SETTINGS, DATA, TRAINING, SAVED, CURVES, VERDICT, HANDWRITING = (
     next(i for i, source in enumerate(SOURCES) if re.search(f"^{start}", source, re.MULTILINE))
-    for start in ("modules =", "recipe =", "train_loader,", "for epoch in", "saved =", "plot_curves", "picture =")
+    for start in ("modules", "recipe", "train_loader,", "for epoch", "saved", "plot_curves", "parameters", "picture")
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -37,7 +37,7 @@ def text_of(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("S6", 6), ("experiment", 2), ("ablation", 6)])
+@pytest.mark.parametrize(("name", "pictures"), [("S6", 7), ("experiment", 2), ("ablation", 6)])
 def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_particular(name, pictures):
     assert [cell.execution_count for cell in CODE[name]] == list(range(1, len(CODE[name]) + 1))
     outputs = [output for cell in CODE[name] for output in cell.outputs]
@@ -47,8 +47,9 @@ def test_stored_outputs_are_from_one_run_from_top_to_bottom_on_no_machine_in_par
 
 
 def test_readme_shows_the_pictures_of_the_stored_runs():
-    curves = base64.b64decode(CODE["S6"][CURVES].outputs[-1].data["image/png"])
-    assert (ROOT / "notebooks" / "curves.png").read_bytes() == curves
+    for i, name in ((CURVES, "curves.png"), (-1, "gains.png")):
+        picture = base64.b64decode(CODE["S6"][i].outputs[-1].data["image/png"])
+        assert (ROOT / "notebooks" / name).read_bytes() == picture
     assert all((ROOT / picture).is_file() for picture in re.findall(r"!\[.*\]\((.*\.png)\)", README))
 
 
@@ -72,6 +73,12 @@ def copy_modules(folder, names=("model.py", "utils.py")):
     return folder
 
 
+def commit(folder):
+    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-C", folder]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "All"]):
+        subprocess.run([*git, *command], check=True)
+
+
 @pytest.fixture
 def run_here(tmp_path, monkeypatch):
     """Run a cell in an empty folder; return its names. What it clones is the folder `repository`, if there is one."""
@@ -89,7 +96,9 @@ def run_here(tmp_path, monkeypatch):
         exec(TransformerManager().transform_cell(source), names)
         return names
 
-    return run
+    yield run
+    for name in ("model", "utils", "draw"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +107,7 @@ def run_here(tmp_path, monkeypatch):
 def test_the_modules_are_found_beside_the_notebook_or_in_a_checkout(modules, found, folder, tmp_path, run_here):
     copy_modules(tmp_path / modules)
     names = run_here(SOURCES[MODULES_CELL])
-    assert names["modules"] == Path(found) and sys.path[0] == str(names["modules"].resolve())
+    assert names["modules"] == Path(found) and Path(sys.modules["utils"].__file__).parent == Path(found).resolve()
     exec(SOURCES[SETTINGS], names := {"Recipe": Recipe, "modules": Path(found)})
     assert names["folder"] == Path(folder), "images and weights are beside the modules, or in the root of the checkout"
 
@@ -106,9 +115,7 @@ def test_the_modules_are_found_beside_the_notebook_or_in_a_checkout(modules, fou
 def test_without_modules_the_project_is_cloned_once(run_here, tmp_path, capsys):
     folder = copy_modules(tmp_path / "repository" / "s6").parent
     shutil.copytree(ROOT / "studies" / "results", folder / "studies" / "results")
-    git = ["git", "-c", "user.name=A", "-c", "user.email=a@b.c", "-C", folder]
-    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "The project"]):
-        subprocess.run([*git, *command], check=True)
+    commit(folder)
     for _ in range(2):
         assert run_here(SOURCES[MODULES_CELL])["modules"] == Path("S6/s6")
     names = run_here(CODE["experiment"][0].source)
@@ -118,22 +125,40 @@ def test_without_modules_the_project_is_cloned_once(run_here, tmp_path, capsys):
     assert capsys.readouterr().out == text_of(CODE["ablation"][0])
 
 
+@pytest.mark.parametrize("name", ["S6", "experiment"])
 @pytest.mark.parametrize(
-    ("source", "present", "foreign", "message"),
+    ("files", "message"),
     [
-        (SOURCES[MODULES_CELL], [], None, "S6/s6/model.py is missing or belongs to another project"),
-        (SOURCES[MODULES_CELL], ["model.py"], "utils.py", "utils.py is missing or belongs to another project"),
-        (SOURCES[MODULES_CELL], ["utils.py"], "model.py", "model.py is missing or belongs to another project"),
-        (CODE["experiment"][0].source, [], None, "Upload model.py, utils.py and accuracy.csv beside this notebook"),
-        (CODE["ablation"][0].source, [], None, "Upload accuracy.csv from studies/results beside this notebook"),
+        ({}, "No module named 'model'. Here is neither file. Upload our model.py and utils.py"),
+        ({"model.py": "model.py"}, "No module named 'utils'. Here is model.py. Upload our model.py and utils.py"),
+        ({"utils (1).py": "utils.py"}, r"No module named 'model'. Here is utils \(1\).py. Upload"),  # from a browser
+        ({"model.py": "model.py", "utils.py": "draw.py"}, "cannot import name 'Recipe' from 'utils'"),
+        ({"model.py": "utils.py", "utils.py": "utils.py"}, "cannot import name 'Net' from 'model'"),
     ],
 )
-def test_what_is_missing_or_of_another_project_is_named(source, present, foreign, message, run_here):
-    copy_modules(Path(), present)
-    if foreign:
-        Path(foreign).write_text("def train(): pass\n", encoding="utf-8")
-    with pytest.raises(AssertionError, match=f"^{message}"):
-        run_here(source)
+def test_a_missing_a_renamed_or_a_foreign_module_is_named(name, files, message, run_here):
+    for file, ours in files.items():
+        shutil.copy(ROOT / "s6" / ours, file)
+    with pytest.raises(ImportError, match=message):
+        run_here(CODE[name][0].source)
+
+
+def test_ablation_names_the_file_that_is_missing(run_here):
+    with pytest.raises(AssertionError, match="^Upload accuracy.csv from studies/results beside this notebook"):
+        run_here(CODE["ablation"][0].source)
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_a_repository_without_our_files_leaves_no_clone_and_a_folder_s6_stays(name, run_here, tmp_path):
+    (tmp_path / "repository" / "S6").mkdir(parents=True)
+    (tmp_path / "repository" / "S6" / "README.md").write_text("Another project", encoding="utf-8")
+    commit(tmp_path / "repository")
+    for own in ([], [Path("S6/photos")]):
+        for folder in own:
+            folder.mkdir(parents=True)
+        with pytest.raises((ImportError, AssertionError)):
+            run_here(CODE[name][0].source)
+        assert sorted(Path().glob("S6/*")) == own and Path("S6").exists() == bool(own)
 
 
 def training(folder, criterion=F.nll_loss):
@@ -191,8 +216,8 @@ def test_handwriting_is_read_and_a_network_without_a_page_goes_on(tmp_path, monk
     del sys.modules["draw"]
 
 
-def test_with_two_modules_and_a_drive_it_runs_to_the_verdict(tmp_path, mnist, monkeypatch):
-    """For one epoch of a thousand images, too few for the goal. Without draw.py, a sentence says what is missing."""
+def test_with_two_modules_and_a_drive_it_runs_to_the_end_and_reads_new_files(tmp_path, mnist, monkeypatch):
+    """For one epoch of a thousand images. First utils.py is an older one; at the end, model.py has other channels."""
     drive, content = tmp_path / "drive", copy_modules(tmp_path / "content")
     drive.mkdir()
     (drive / "data").symlink_to(ROOT / "data")
@@ -203,12 +228,32 @@ def test_with_two_modules_and_a_drive_it_runs_to_the_verdict(tmp_path, mnist, mo
     sources[DATA] += "\nfor loader in (train_loader, test_loader):"
     sources[DATA] += "\n    loader.images, loader.labels = loader.images[:1000], loader.labels[:1000]"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    where = {"metadata": {"path": str(content)}}
-    with pytest.raises(CellExecutionError, match=r": \d\d?\.\d\d % at the last epoch: the goal is"):
-        NotebookClient(notebook, kernel_name="python3", resources=where, timeout=120).execute()
-    assert not [o for cell in notebook.cells for o in cell.outputs if o.get("name") == "stderr"]
-    assert "upload draw.py and index.html beside model.py" in text_of(notebook.cells[HANDWRITING])
-    bar_and_line = r"epoch 1:.*%\|.*\repoch  1: train loss .*\n$"  # nothing is left of the bar
-    assert re.search(bar_and_line, text_of(notebook.cells[TRAINING]), re.DOTALL)
-    assert sorted(path.name for path in drive.iterdir()) == ["S6.pt", "data"]
-    assert {path.name for path in content.glob("*.*")} == {"model.py", "utils.py"}
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(content)}})
+
+    def run(cells):
+        for i in cells:
+            client.execute_cell(notebook.cells[i], i)
+
+    ours = (content / "utils.py").read_text(encoding="utf-8")
+    (content / "utils.py").write_text(ours.replace("def mnist_loaders", "def old_loaders"), encoding="utf-8")
+    with client.setup_kernel():
+        with pytest.raises(CellExecutionError, match=r"cannot import name 'mnist_loaders' .* Here is .*utils\.py"):
+            run([MODULES_CELL])
+        (content / "utils.py").write_text(ours, encoding="utf-8")
+        run(range(VERDICT))
+        with pytest.raises(CellExecutionError, match=r": \d\d?\.\d\d % at the last epoch: the goal is"):
+            run([VERDICT])
+        run(range(VERDICT + 1, len(sources)))
+        assert not [o for cell in notebook.cells for o in cell.outputs if o.get("name") == "stderr"]
+        assert "upload draw.py and index.html beside model.py" in text_of(notebook.cells[HANDWRITING])
+        bar_and_line = r"epoch 1:.*%\|.*\repoch  1: train loss .*\n$"  # nothing is left of the bar
+        assert re.search(bar_and_line, text_of(notebook.cells[TRAINING]), re.DOTALL)
+        assert sorted(path.name for path in drive.iterdir()) == ["S6.pt", "data"]
+        assert {path.name for path in content.glob("*.*")} == {"model.py", "utils.py"}
+        wider = (content / "model.py").read_text(encoding="utf-8").replace("(8, 12, 16)", "(8, 12, 24)")
+        (content / "model.py").write_text(wider, encoding="utf-8")
+        notebook.cells[TRAINING].source += "\nprint(sum(p.numel() for p in model.parameters()), 'parameters')"
+        run(range(VERDICT))
+    exec(wider, names := {})
+    expected = sum(p.numel() for p in names["Net"]().parameters())
+    assert text_of(notebook.cells[TRAINING]).endswith(f"\n{expected} parameters\n") and expected != 10_474
