@@ -7,11 +7,10 @@ import torch.nn.functional as F
 class ConvBlock(nn.Sequential):
     """Apply convolution, BatchNorm, activation, dropout. Maps become smaller by kernel_size - 1.
 
-    A map is an image that a convolution makes, one for each channel. BatchNorm shifts and scales
-    each map, so that over a batch its pixels have mean 0 and standard deviation 1. Then it applies
-    a learned factor and offset. It comes before the activation, as in Ioffe and Szegedy, 2015.
-
-    torchsummary lists the layers inside a Sequential, but not the Sequential. So this class is one.
+    A map is one of the images that a convolution makes. A layer with 8 channels makes 8 maps.
+    BatchNorm shifts and scales each map, so that over a batch its pixels have mean 0 and standard
+    deviation 1. Then it applies a learned factor and offset. It comes before the activation, as in
+    Ioffe and Szegedy, 2015. The block is a Sequential, so that torchsummary lists its layers.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout=0.0, activation=F.silu):

@@ -37,7 +37,7 @@ class Recipe:
     lr: float = 0.2  # the highest learning rate of the one-cycle schedule (Smith and Topin, 2018)
     warmup: float = 0.2  # in this share of the steps the rate rises. Then the rate falls to zero
     momentum: float = 0.9  # each step also repeats this share of the step before it
-    weight_decay: float = 5e-4  # each step also shrinks the kernels by this share of the rate
+    weight_decay: float = 5e-4  # times the kernels, added to their gradient. It keeps them small
     average: float = 9.0  # the moving average covers about the last 1/9 of all steps so far
     degrees: float = 10.0  # augmentation: rotate by up to this many degrees, either way
     translate: float = 1.0  # augmentation: shift by up to this many pixels along each axis
@@ -87,8 +87,9 @@ class MovingAverage(AveragedModel):
     So test and save the average.
 
     Each step moves the average towards the new weights. In step n, counted from 0, it moves by the
-    share average / (average + 1 + n). With average=9, this is 9/10 at first, to forget the
-    untrained weights, then 9/11, 9/12, and so on (Shamir and Zhang, 2013).
+    share average / (average + 1 + n) of their distance (Shamir and Zhang, 2013). With average=9,
+    this is 9/10 at first, to forget the untrained weights. Later it is about 9/n, as in a mean over
+    n/9 steps.
     """
 
     def __init__(self, model, average):
@@ -149,11 +150,11 @@ def affine(images, degrees, translate, scale, shear):
     """
     cos, sin, tan = degrees.deg2rad().cos(), degrees.deg2rad().sin(), shear.deg2rad().tan()
     zero, one = torch.zeros_like(tan), torch.ones_like(tan)
-    # grid_sample needs the inverse map: from where in the input does each output pixel come?
+    # grid_sample asks where in the input each output pixel comes from. So everything is inverted.
     undo_rotation = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
     undo_shear = torch.stack([one, -tan, zero, one], 1).view(-1, 2, 2)
     inverse = undo_shear @ undo_rotation / scale.view(-1, 1, 1)
-    shift = inverse @ translate.unsqueeze(2) * (-2 / images.shape[-1])  # its unit is half a side
+    shift = inverse @ translate.unsqueeze(2) * (-2 / images.shape[-1])  # in halves of the width
     grid = F.affine_grid(torch.cat([inverse, shift], 2), images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -224,8 +225,9 @@ def train(
     """
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
-    model.train()
-    loss_sum, correct, seen = 0.0, 0, 0  # the first two stay on the device: Python need not wait
+    model.train()  # in this mode, BatchNorm measures each batch, and keeps running means
+    # loss_sum and correct stay on the device. Reading them would make Python wait for a GPU.
+    loss_sum, correct, seen = 0.0, 0, 0
     batches = train_loader
     if show_bar:  # on stdout: Jupyter shows stderr in red
         batches = tqdm(batches, f"epoch {len(train_losses) + 1}", leave=False, file=sys.stdout)
@@ -257,7 +259,7 @@ def train(
 @torch.no_grad()
 def predict(model, device, loader):
     """Return the outputs, (N, 10), and the labels, (N,), in the order of the loader."""
-    model.eval()
+    model.eval()  # in this mode, BatchNorm uses the running means
     batches = [(model(images.to(device)), labels.to(device)) for images, labels in loader]
     outputs, labels = zip(*batches, strict=True)
     return torch.cat(outputs), torch.cat(labels)
@@ -269,7 +271,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
     test_acc = [] if test_acc is None else test_acc
     outputs, labels = predict(model, device, test_loader)
     test_losses.append(criterion(outputs, labels).item())
-    # Count first, then divide. As a float32 mean, 9,940 of 10,000 is slightly more than 99.4 %.
+    # In float32, the mean of 9,940 right answers in 10,000 is above 99.4 %. So count, then divide.
     test_acc.append(100 * (outputs.argmax(1) == labels).sum().item() / len(labels))
     return test_losses, test_acc
 
@@ -308,7 +310,7 @@ def plot_curves(train_losses, train_acc, test_losses, test_acc):
             left.plot(epochs, losses, ".-", label=f"{name}, last {losses[-1]:.4f}")
             right.plot(epochs, accuracies, ".-", label=f"{name}, last {accuracies[-1]:.2f} %")
     right.axhline(99.4, color="gray", linestyle="--", label="goal, 99.4 %")
-    left.set(xlabel="epoch", ylabel="loss (negative log-likelihood)", yscale="log", title="Loss")
+    left.set(xlabel="epoch", ylabel="loss", yscale="log", title="Loss")
     limits = min([97.4, *test_acc]), 100
     right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=limits, title="Accuracy")
     for axes in (left, right):

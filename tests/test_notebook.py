@@ -136,9 +136,12 @@ def test_without_modules_the_project_is_cloned_once(run_here, tmp_path, capsys):
         ({"model.py": "utils.py", "utils.py": "utils.py"}, "cannot import name 'Net' from 'model'"),
     ],
 )
-def test_a_missing_a_renamed_or_a_foreign_module_is_named(name, files, message, run_here):
+def test_a_missing_a_renamed_or_a_foreign_module_is_named(name, files, message, tmp_path, run_here):
     for file, ours in files.items():
         shutil.copy(ROOT / "s6" / ours, file)
+        copy_modules(tmp_path / "repository" / "s6")  # the student's own files count more than the published ones
+    if files:
+        commit(tmp_path / "repository")
     with pytest.raises(ImportError, match=message):
         run_here(CODE[name][0].source)
 
