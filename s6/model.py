@@ -51,14 +51,14 @@ class Net(nn.Module):
 
         c8, c12, c16 = (max(1, int(width * channels)) for channels in (8, 12, 16))
 
-        # The comments give the size of the maps. They also say how many pixels of the image, in
-        # each direction, a pixel of a map depends on ("sees"). This is its receptive field. A 3 x 3
-        # kernel adds 2 pixels before the pooling, and 4 pixels after it.
+        # The comments give the size of the maps. They also say how wide the part of the image is
+        # that a pixel of a map sees, its receptive field. A 3 x 3 kernel adds 2 pixels. After the
+        # pooling it adds 4, because neighbours in a map are then 2 pixels of the image apart.
         self.layers = nn.Sequential(
             block(1, c8),  # 26 x 26, sees 3
             block(c8, c12),  # 24 x 24, sees 5
             block(c12, c16),  # 22 x 22, sees 7
-            nn.MaxPool2d(2),  # 11 x 11, sees 8: each layer from here on has a quarter of the work
+            nn.MaxPool2d(2),  # 11 x 11, sees 8: a fourth of the pixels, so less work
             block(c16, c8, kernel_size=1),  # 11 x 11, sees 8: half the channels, 136 parameters
             block(c8, c12),  # 9 x 9, sees 12
             block(c12, c16),  # 7 x 7, sees 16

@@ -37,7 +37,7 @@ class Recipe:
     lr: float = 0.2  # the highest learning rate of the one-cycle schedule (Smith and Topin, 2018)
     warmup: float = 0.2  # in this share of the steps the rate rises. Then the rate falls to zero
     momentum: float = 0.9  # each step also repeats this share of the step before it
-    weight_decay: float = 5e-4  # times the kernels, added to their gradient. It keeps them small
+    weight_decay: float = 5e-4  # each step moves kernels towards 0 by this share, times the rate
     average: float = 9.0  # the moving average covers about the last 1/9 of all steps so far
     degrees: float = 10.0  # augmentation: rotate by up to this many degrees, either way
     translate: float = 1.0  # augmentation: shift by up to this many pixels along each axis
@@ -71,7 +71,8 @@ class Recipe:
     def scheduler(self, optimizer, steps_per_epoch):
         """Return the one-cycle schedule. Its rate rises linearly, then falls linearly to zero."""
         steps = self.epochs * steps_per_epoch
-        # The rate is 0 at step -1, so it is above 0 at the first step, which is step 0.
+        # LambdaLR multiplies `lr` by a factor from 0 to 1. With 0 at step 0, the first step would
+        # change nothing. So the factor is 0 one step earlier.
         knots = [-1, self.warmup * steps, steps]
         return LambdaLR(optimizer, lambda step: float(np.interp(step, knots, [0, 1, 0])))
 
@@ -81,15 +82,17 @@ class Recipe:
 
 
 class MovingAverage(AveragedModel):
-    """Moving average of a model's weights and BatchNorm statistics. It is a model, too.
+    """Moving average of a model's weights, and of what its BatchNorm remembers. A model, too.
+
+    `module` is the network with the averaged weights. `n_averaged` counts the steps.
 
     While the rate is high, the weights jump around a good place. Their average lies in the middle.
     So test and save the average.
 
-    Each step moves the average towards the new weights. In step n, counted from 0, it moves by the
-    share average / (average + 1 + n) of their distance (Shamir and Zhang, 2013). With average=9,
-    this is 9/10 at first, to forget the untrained weights. Later it is about 9/n, as in a mean over
-    n/9 steps.
+    Each step moves the average a part of the way to the new weights. In step n = 0, 1, 2, ... this
+    part is average / (average + 1 + n) (Shamir and Zhang, 2013). With average=9, it is 9/10 at
+    first, to forget the untrained weights. Later it is about 9/n. (A part of 1/k makes a mean over
+    about the last k steps.)
     """
 
     def __init__(self, model, average):
@@ -225,7 +228,7 @@ def train(
     """
     train_losses = [] if train_losses is None else train_losses
     train_acc = [] if train_acc is None else train_acc
-    model.train()  # in this mode, BatchNorm measures each batch, and keeps running means
+    model.train()  # in this mode, BatchNorm measures each batch, and remembers
     # loss_sum and correct stay on the device. Reading them would make Python wait for a GPU.
     loss_sum, correct, seen = 0.0, 0, 0
     batches = train_loader
@@ -259,7 +262,7 @@ def train(
 @torch.no_grad()
 def predict(model, device, loader):
     """Return the outputs, (N, 10), and the labels, (N,), in the order of the loader."""
-    model.eval()  # in this mode, BatchNorm uses the running means
+    model.eval()  # in this mode, BatchNorm uses what it remembers
     batches = [(model(images.to(device)), labels.to(device)) for images, labels in loader]
     outputs, labels = zip(*batches, strict=True)
     return torch.cat(outputs), torch.cat(labels)
@@ -271,7 +274,7 @@ def test(model, device, test_loader, criterion, test_losses=None, test_acc=None)
     test_acc = [] if test_acc is None else test_acc
     outputs, labels = predict(model, device, test_loader)
     test_losses.append(criterion(outputs, labels).item())
-    # In float32, the mean of 9,940 right answers in 10,000 is above 99.4 %. So count, then divide.
+    # Count, then divide. In float32, 9,940 of 10,000 would be rounded up, to more than 99.4 %.
     test_acc.append(100 * (outputs.argmax(1) == labels).sum().item() / len(labels))
     return test_losses, test_acc
 

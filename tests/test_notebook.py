@@ -63,7 +63,7 @@ def test_readme_s_example_runs(batches, monkeypatch, capsys):
 def test_badges_and_notebooks_have_one_address():
     text = README + "".join(map(nbformat.writes, NOTEBOOKS.values()))
     addresses = re.findall(r"github(?:\.com)?/([\w-]+/[\w-]+)(?:/blob/main/notebooks/| S6)", text)
-    assert len(addresses) == 4 + 3 and len(set(addresses)) == 1
+    assert len(addresses) == 5 + 3 and len(set(addresses)) == 1
 
 
 def copy_modules(folder, names=("model.py", "utils.py")):
