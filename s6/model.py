@@ -51,9 +51,9 @@ class Net(nn.Module):
 
         c8, c12, c16 = (max(1, int(width * channels)) for channels in (8, 12, 16))
 
-        # The comments give the size of the maps. They also say how wide the part of the image is
-        # that a pixel of a map sees, its receptive field. A 3 x 3 kernel adds 2 pixels. After the
-        # pooling it adds 4, because neighbours in a map are then 2 pixels of the image apart.
+        # The comments give the size of the maps and the receptive field: each pixel of a map "sees"
+        # so many pixels of the image, in width and in height. A 3 x 3 kernel adds 2 pixels, and the
+        # pooling 1. Then a kernel adds 4, because neighbours in a map are 2 pixels apart.
         self.layers = nn.Sequential(
             block(1, c8),  # 26 x 26, sees 3
             block(c8, c12),  # 24 x 24, sees 5
@@ -65,7 +65,7 @@ class Net(nn.Module):
             block(c16, c16),  # 5 x 5, sees 20
             block(c16, c16),  # 3 x 3, sees 24
             nn.Conv2d(c16, 10, 1),  # 3 x 3, sees 24: each of nine places gets ten scores
-            # ceil_mode lets the layer take the mean of a map that is smaller than 3 x 3, too.
+            # With one more block, the map is smaller. With ceil_mode, its mean is taken, too.
             nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28: the mean of the nine places
         )
 

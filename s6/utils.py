@@ -82,17 +82,14 @@ class Recipe:
 
 
 class MovingAverage(AveragedModel):
-    """Moving average of a model's weights, and of what its BatchNorm remembers. A model, too.
+    """Moving average of a model's weights, and of what its BatchNorm remembers.
 
-    `module` is the network with the averaged weights. `n_averaged` counts the steps.
+    It is a model, too: `module` is the network with the averaged weights. While the rate is high,
+    the weights jump around a good place. Their average lies in the middle. So test and save it.
 
-    While the rate is high, the weights jump around a good place. Their average lies in the middle.
-    So test and save the average.
-
-    Each step moves the average a part of the way to the new weights. In step n = 0, 1, 2, ... this
-    part is average / (average + 1 + n) (Shamir and Zhang, 2013). With average=9, it is 9/10 at
-    first, to forget the untrained weights. Later it is about 9/n. (A part of 1/k makes a mean over
-    about the last k steps.)
+    With average=9, step n = 0, 1, 2, ... moves it by 9 / (10 + n) of the way to the new weights
+    (Shamir and Zhang, 2013). At first this is 9/10, to forget the untrained weights. After 900
+    steps it is about 1/100, as in a mean over the last 100 steps.
     """
 
     def __init__(self, model, average):
@@ -340,6 +337,7 @@ def plot_mistakes(images, outputs, labels, limit=30):
 
     `outputs`, (N, 10) log-probabilities or scores, and `labels`, (N,), are in the images' order.
     """
+    # Softmax makes probabilities of scores, and also of log-probabilities.
     confidence, predicted = outputs.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][:limit]
