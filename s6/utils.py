@@ -124,6 +124,7 @@ def load_mnist(root="data", train=True):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # seconds. Some servers never answer
     try:
+        root.mkdir(exist_ok=True)  # fails if Google Drive is not mounted. MNIST would make folders
         mnist = MNIST(root, train, download=True)
         content = mnist.data.numpy().tobytes() + mnist.targets.numpy().tobytes()
         if hashlib.sha256(content).hexdigest() != SHA256[train]:

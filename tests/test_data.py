@@ -100,3 +100,9 @@ def test_damaged_files_and_a_failing_download_say_what_to_do_and_nothing_is_dele
             load_mnist(tmp_path)
         assert sorted(raw.iterdir()) == before and socket.getdefaulttimeout() is None
         monkeypatch.setattr("s6.utils.MNIST", download)
+
+
+def test_a_drive_that_is_not_mounted_is_not_made(tmp_path):
+    with pytest.raises(RuntimeError, match="No such file or directory: .*Drive/data"):
+        load_mnist(tmp_path / "Drive" / "data")
+    assert not list(tmp_path.iterdir())

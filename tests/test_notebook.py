@@ -115,23 +115,30 @@ def test_the_modules_are_found_beside_the_notebook_or_in_a_checkout(modules, fou
 def test_without_modules_the_project_is_cloned_once(run_here, tmp_path, capsys):
     folder = copy_modules(tmp_path / "repository" / "s6").parent
     shutil.copytree(ROOT / "studies" / "results", folder / "studies" / "results")
+    with pytest.raises(ImportError):
+        run_here(SOURCES[MODULES_CELL])  # no network at first
     commit(folder)
     for _ in range(2):
         assert run_here(SOURCES[MODULES_CELL])["modules"] == Path("S6/s6")
     names = run_here(CODE["experiment"][0].source)
     [place] = re.findall(r"read_csv\((.*)\)", CODE["experiment"][-1].source)
     assert eval(place, names).is_file()
+    capsys.readouterr()
     run_here(CODE["ablation"][0].source)
     assert capsys.readouterr().out == text_of(CODE["ablation"][0])
+    shutil.copy(ROOT / "s6" / "model.py", ".")  # it does not go with the utils.py of the clone
+    with pytest.raises(ImportError, match="No module named 'utils'. Found: model.py. "):
+        run_here(SOURCES[MODULES_CELL])
 
 
 @pytest.mark.parametrize("name", ["S6", "experiment"])
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "No module named 'model'. Here is neither file. Upload our model.py and utils.py"),
-        ({"model.py": "model.py"}, "No module named 'utils'. Here is model.py. Upload our model.py and utils.py"),
-        ({"utils (1).py": "utils.py"}, r"No module named 'model'. Here is utils \(1\).py. Upload"),  # from a browser
+        ({}, "No module named 'model'. Found: neither file. .* upload our model.py and utils.py beside this notebook"),
+        ({"model.py": "model.py"}, "No module named 'utils'. Found: model.py. "),
+        ({"utils (1).py": "utils.py"}, r"No module named 'model'. Found: utils \(1\).py. "),  # from a browser
+        ({"model.py": "model.py", "utils.py": "ruff.toml"}, "utils.py, line .* Found: .* Correct the file, or upload"),
         ({"model.py": "model.py", "utils.py": "draw.py"}, "cannot import name 'Recipe' from 'utils'"),
         ({"model.py": "utils.py", "utils.py": "utils.py"}, "cannot import name 'Net' from 'model'"),
     ],
@@ -240,7 +247,7 @@ def test_with_two_modules_and_a_drive_it_runs_to_the_end_and_reads_new_files(tmp
     ours = (content / "utils.py").read_text(encoding="utf-8")
     (content / "utils.py").write_text(ours.replace("def mnist_loaders", "def old_loaders"), encoding="utf-8")
     with client.setup_kernel():
-        with pytest.raises(CellExecutionError, match=r"cannot import name 'mnist_loaders' .* Here is .*utils\.py"):
+        with pytest.raises(CellExecutionError, match=r"cannot import name 'mnist_loaders' .* Found: .*utils\.py"):
             run([MODULES_CELL])
         (content / "utils.py").write_text(ours, encoding="utf-8")
         run(range(VERDICT))
