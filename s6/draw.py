@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -214,6 +215,19 @@ def page_weights(model):
     text = base64.b64encode(weights.detach().numpy()).decode()
     constants = {"LAYERS": entries, "ACTIVATION": activation, "WEIGHTS": text}
     return "".join(f"const {name} = {json.dumps(value)};\n" for name, value in constants.items())
+
+
+def show_page(model):
+    """Show the drawing page in a notebook, or print why there is none."""
+    from IPython.display import HTML, display
+
+    try:
+        page = escape(drawing_page(model))
+    except (FileNotFoundError, ValueError) as error:  # no index.html, or an unknown network
+        print(f"There is no page to draw on: {error}")
+    else:
+        frame = f'<iframe srcdoc="{page}" width="100%" height="760" frameborder="0"></iframe>'
+        display(HTML(f"<div>{frame}</div>"))
 
 
 def drawing_page(model):

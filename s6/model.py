@@ -10,7 +10,9 @@ class ConvBlock(nn.Sequential):
     A map is one of the images that a convolution makes. A layer with 8 channels makes 8 maps.
     BatchNorm shifts and scales each map, so that over a batch its pixels have mean 0 and standard
     deviation 1. Then it applies a learned factor and offset. It comes before the activation, as in
-    Ioffe and Szegedy, 2015. The block is a Sequential, so that torchsummary lists its layers.
+    Ioffe and Szegedy, 2015.
+
+    In torchsummary's table, an nn.Module would get a line of its own. A Sequential gets none.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout=0.0, activation=F.silu):
@@ -52,8 +54,8 @@ class Net(nn.Module):
         c8, c12, c16 = (max(1, int(width * channels)) for channels in (8, 12, 16))
 
         # The comments give the size of the maps and the receptive field: each pixel of a map "sees"
-        # so many pixels of the image, in width and in height. A 3 x 3 kernel adds 2 pixels, and the
-        # pooling 1. Then a kernel adds 4, because neighbours in a map are 2 pixels apart.
+        # so many pixels of the image, in width and in height. A 3 x 3 kernel adds 2. The pooling
+        # adds 1. After it, a kernel adds 4: neighbours in a map are then 2 image pixels apart.
         self.layers = nn.Sequential(
             block(1, c8),  # 26 x 26, sees 3
             block(c8, c12),  # 24 x 24, sees 5
@@ -65,7 +67,7 @@ class Net(nn.Module):
             block(c16, c16),  # 5 x 5, sees 20
             block(c16, c16),  # 3 x 3, sees 24
             nn.Conv2d(c16, 10, 1),  # 3 x 3, sees 24: each of nine places gets ten scores
-            # With one more block, the map is smaller. With ceil_mode, its mean is taken, too.
+            # If you add a block, the map is smaller. With ceil_mode, this layer still works.
             nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28: the mean of the nine places
         )
 

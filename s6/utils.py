@@ -1,7 +1,4 @@
-"""Everything around the network: recipe, data, training and plots.
-
-At a first reading, skip `__post_init__`, `load_mnist` and `affine`.
-"""
+"""Everything around the network. At a first reading, skip __post_init__, load_mnist, affine."""
 
 import hashlib
 import math
@@ -63,7 +60,7 @@ class Recipe:
     def optimizer(self, model):
         """Return the optimizer, SGD with Nesterov's momentum."""
         kernels = [p for p in model.parameters() if p.ndim > 1]
-        others = [p for p in model.parameters() if p.ndim <= 1]  # biases and BatchNorm: no decay
+        others = [p for p in model.parameters() if p.ndim <= 1]  # biases and BatchNorm
         groups = [{"params": kernels, "weight_decay": self.weight_decay}, {"params": others}]
         nesterov = self.momentum > 0  # torch accepts no Nesterov without momentum
         return torch.optim.SGD(groups, self.lr, self.momentum, nesterov=nesterov, fused=True)
@@ -87,9 +84,9 @@ class MovingAverage(AveragedModel):
     It is a model, too: `module` is the network with the averaged weights. While the rate is high,
     the weights jump around a good place. Their average lies in the middle. So test and save it.
 
-    With average=9, step n = 0, 1, 2, ... moves it by 9 / (10 + n) of the way to the new weights
-    (Shamir and Zhang, 2013). At first this is 9/10, to forget the untrained weights. After 900
-    steps it is about 1/100, as in a mean over the last 100 steps.
+    With average=9, the average moves by 9 / (10 + n) of the way to the new weights in step n,
+    counted from 0 (Shamir and Zhang, 2013). At first this is 9/10, to forget the untrained weights.
+    After 900 steps it is about 1/100, as in a mean over the last 100 steps.
     """
 
     def __init__(self, model, average):
