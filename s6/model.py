@@ -11,8 +11,7 @@ class ConvBlock(nn.Sequential):
     BatchNorm shifts and scales each map, so that over a batch its pixels have mean 0 and standard
     deviation 1. Then it applies a learned factor and offset. It comes before the activation, as in
     Ioffe and Szegedy, 2015.
-
-    In torchsummary's table, an nn.Module would get a line of its own. A Sequential gets none.
+    It is a Sequential, because torchsummary then has no line for the block itself.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout=0.0, activation=F.silu):
@@ -54,7 +53,7 @@ class Net(nn.Module):
         c8, c12, c16 = (max(1, int(width * channels)) for channels in (8, 12, 16))
 
         # The comments give the size of the maps and the receptive field: each pixel of a map "sees"
-        # so many pixels of the image, in width and in height. A 3 x 3 kernel adds 2. The pooling
+        # this many pixels of the image, in width and in height. A 3 x 3 kernel adds 2. The pooling
         # adds 1. After it, a kernel adds 4: neighbours in a map are then 2 image pixels apart.
         self.layers = nn.Sequential(
             block(1, c8),  # 26 x 26, sees 3

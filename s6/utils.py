@@ -84,9 +84,9 @@ class MovingAverage(AveragedModel):
     It is a model, too: `module` is the network with the averaged weights. While the rate is high,
     the weights jump around a good place. Their average lies in the middle. So test and save it.
 
-    With average=9, the average moves by 9 / (10 + n) of the way to the new weights in step n,
-    counted from 0 (Shamir and Zhang, 2013). At first this is 9/10, to forget the untrained weights.
-    After 900 steps it is about 1/100, as in a mean over the last 100 steps.
+    With average=9, step n moves the averaged weights by 9 / (10 + n) of the way to the new weights
+    (Shamir and Zhang, 2013). The first step, n = 0, moves them by 9/10, to forget the untrained
+    weights. After 900 steps it is about 1/100: a step counts as in a mean of the last 100 steps.
     """
 
     def __init__(self, model, average):
@@ -97,8 +97,8 @@ class MovingAverage(AveragedModel):
         """Move the average towards the weights of `model`. Call this after each step."""
         share = self.average / (self.average + 1 + int(self.n_averaged))
         old, new = self.module.state_dict(), model.state_dict()
+        # All but BatchNorm's counts of batches: old += share * (new - old)
         names = [name for name, tensor in new.items() if tensor.is_floating_point()]
-        # old += share * (new - old)
         torch._foreach_lerp_([old[name] for name in names], [new[name] for name in names], share)
         self.n_averaged += 1
 
@@ -106,7 +106,7 @@ class MovingAverage(AveragedModel):
 # -------------------------------------------------------------------------------------------- data
 
 MEAN, STD = 0.1307, 0.3081  # of the training images, scaled to [0, 1]
-SHA256 = {  # of images and labels of the training set (True) and of the test set (False)
+SHA256 = {  # checksums for `load_mnist`, of the training set (True) and of the test set (False)
     True: "d18cfd466eb143ac1097fde604dba9eec4116885869d04cc648b510949f9e88c",
     False: "a0863a96c44e5666edbb30c4071ee79ca0514c621e6349c5967fc78e7305c891",
 }

@@ -89,7 +89,7 @@ def test_readme_and_s6_ipynb_say_what_the_rows_say():
     exec(CODE["S6"][-1].source, names := {"plt": plt})
     assert names["gains"] == gains
     assert names["half_lines"] == [round((high - low) / 2, 2) for low, high in intervals]
-    section = re.search("The convolutions are .* BatchNorm comes before the activation", README)[0]
+    section = re.search("The convolutions are .* put BatchNorm before SiLU", README)[0]
     chance = [", perhaps chance" if low < 0 < high else "" for low, high in intervals]
     table = [f"{gain:.2f}{perhaps}" for gain, perhaps in zip(gains, chance, strict=True)]
     assert re.findall(r"\| (\d\.\d\d.*?) \|", section) == table
