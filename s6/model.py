@@ -11,7 +11,7 @@ class ConvBlock(nn.Sequential):
     BatchNorm shifts and scales each map, so that over a batch its pixels have mean 0 and standard
     deviation 1. Then it applies a learned factor and offset. It comes before the activation, as in
     Ioffe and Szegedy, 2015.
-    It is a Sequential, because torchsummary then has no line for the block itself.
+    The block is a Sequential, because torchsummary lists only the layers inside of one.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, dropout=0.0, activation=F.silu):
@@ -54,19 +54,19 @@ class Net(nn.Module):
 
         # The comments give the size of the maps and the receptive field: each pixel of a map "sees"
         # this many pixels of the image, in width and in height. A 3 x 3 kernel adds 2. The pooling
-        # adds 1. After it, a kernel adds 4: neighbours in a map are then 2 image pixels apart.
+        # adds 1. After it, a 3 x 3 kernel adds 4: neighbours are then 2 image pixels apart.
         self.layers = nn.Sequential(
             block(1, c8),  # 26 x 26, sees 3
             block(c8, c12),  # 24 x 24, sees 5
             block(c12, c16),  # 22 x 22, sees 7
             nn.MaxPool2d(2),  # 11 x 11, sees 8: a fourth of the pixels, so less work
-            block(c16, c8, kernel_size=1),  # 11 x 11, sees 8: half the channels, 136 parameters
+            block(c16, c8, kernel_size=1),  # 11 x 11, sees 8: half the channels
             block(c8, c12),  # 9 x 9, sees 12
             block(c12, c16),  # 7 x 7, sees 16
             block(c16, c16),  # 5 x 5, sees 20
             block(c16, c16),  # 3 x 3, sees 24
             nn.Conv2d(c16, 10, 1),  # 3 x 3, sees 24: each of nine places gets ten scores
-            # If you add a block, the map is smaller. With ceil_mode, this layer still works.
+            # If you add a block, the map is smaller. ceil_mode then takes the mean of all of it.
             nn.AvgPool2d(3, ceil_mode=True),  # 1 x 1, sees 28: the mean of the nine places
         )
 

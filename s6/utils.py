@@ -69,7 +69,7 @@ class Recipe:
         """Return the one-cycle schedule. Its rate rises linearly, then falls linearly to zero."""
         steps = self.epochs * steps_per_epoch
         # LambdaLR multiplies `lr` by a factor from 0 to 1. With 0 at step 0, the first step would
-        # change nothing. So the factor is 0 one step earlier.
+        # change nothing. So the factor is 0 at step -1, before the training.
         knots = [-1, self.warmup * steps, steps]
         return LambdaLR(optimizer, lambda step: float(np.interp(step, knots, [0, 1, 0])))
 
@@ -86,7 +86,7 @@ class MovingAverage(AveragedModel):
 
     With average=9, step n moves the averaged weights by 9 / (10 + n) of the way to the new weights
     (Shamir and Zhang, 2013). The first step, n = 0, moves them by 9/10, to forget the untrained
-    weights. After 900 steps it is about 1/100: a step counts as in a mean of the last 100 steps.
+    weights. Step 900 moves them by about 1/100. They are then nearly a mean over 100 steps.
     """
 
     def __init__(self, model, average):
@@ -97,7 +97,7 @@ class MovingAverage(AveragedModel):
         """Move the average towards the weights of `model`. Call this after each step."""
         share = self.average / (self.average + 1 + int(self.n_averaged))
         old, new = self.module.state_dict(), model.state_dict()
-        # All but BatchNorm's counts of batches: old += share * (new - old)
+        # All but integers (BatchNorm counts batches): old += share * (new - old)
         names = [name for name, tensor in new.items() if tensor.is_floating_point()]
         torch._foreach_lerp_([old[name] for name in names], [new[name] for name in names], share)
         self.n_averaged += 1
@@ -335,7 +335,7 @@ def plot_mistakes(images, outputs, labels, limit=30):
 
     `outputs`, (N, 10) log-probabilities or scores, and `labels`, (N,), are in the images' order.
     """
-    # Softmax makes probabilities of scores, and also of log-probabilities.
+    # Softmax makes probabilities of scores. Of log-probabilities, it makes the same ones again.
     confidence, predicted = outputs.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True)][:limit]
