@@ -16,7 +16,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from torch import nn
 
-from s6.draw import MEAN, STD, classify, drawing_page, read_picture
+from s6.draw import MEAN, STD, classify, drawing_page, read_picture, show_page
 from s6.model import ConvBlock, Net
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -228,12 +228,13 @@ def test_a_pixel_is_traced_by_mouse_finger_and_keys(hand):
     hand.expect_pixel("Score of 3", 2, 2)
 
 
-def test_in_the_frames_of_a_notebook_s_output(browser, network):
-    """Colab shows a cell's output in a sandboxed frame; the notebook puts the page into one of its own."""
-    page = browser.new_page(viewport={"width": 1000, "height": 800})
-    drawing = html.escape(drawing_page(network))
-    output = f'<div><iframe srcdoc="{drawing}" width="100%" height="760" frameborder="0"></iframe></div>'
-    page.set_content(f'<iframe sandbox="allow-scripts" srcdoc="{html.escape(output)}" width="980" height="790">')
+def test_in_the_frames_of_a_notebook_s_output(browser, network, monkeypatch):
+    """Colab shows a cell's output in a sandboxed frame; `show_page` puts the page into one of its own."""
+    page, shown = browser.new_page(viewport={"width": 1000, "height": 800}), []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    show_page(network)
+    output = html.escape(shown[0].data)
+    page.set_content(f'<iframe sandbox="allow-scripts" srcdoc="{output}" width="980" height="790">')
     hand = Hand(page, page.frame_locator("iframe").frame_locator("iframe"))
     hand.draw(8)
     hand.find("#bars canvas").nth(8).click()
