@@ -41,16 +41,16 @@ LADDER = {  # from the course's recipe to ours, one step at a time
     "one-cycle up to 0.2, Nesterov, weight decay": {"net": "ReLU", **LARGE},
     # The next steps are batches of 250, SiLU and the moving average. The first two are the "raw accuracies" of the next
     # two variants, because these are without the average.
-    "ReLU for SiLU": {"net": "ReLU"},
+    "ReLU instead of SiLU": {"net": "ReLU"},
     "ours": {},
 }
 ABLATION = {  # "no moving average" needs no trials: see "raw accuracies" above
     "no augmentation": {"augment": "none"},
-    "ReLU for SiLU": {"net": "ReLU"},
+    "ReLU instead of SiLU": {"net": "ReLU"},
     "no BatchNorm, He's first weights, a quarter of the rate": {"net": "no BatchNorm", "lr": 0.05},
     "constant rate": {"schedule": "constant"},
     "no 1×1 transition": {"net": "no transition"},
-    "linear layer for the global average": {"net": "linear layer"},
+    "linear layer instead of the global average": {"net": "linear layer"},
     "pooling one block earlier": {"net": "pooling earlier"},
     "dropout 0.05": {"dropout": 0.05},
 }

@@ -82,7 +82,7 @@ def test_readme_and_s6_ipynb_say_what_the_rows_say():
         ours - last["no augmentation"],
         ours - last["constant rate"],
         ours - raw["ours"],
-        ours - last["ReLU for SiLU"],
+        ours - last["ReLU instead of SiLU"],
     ]
     gains = [round(pair.mean(), 2) for pair in pairs]
     intervals = [ttest_1samp(pair.dropna(), 0).confidence_interval(1 - 0.05 / len(pairs)) for pair in pairs]
