@@ -94,3 +94,10 @@ def test_readme_and_s6_ipynb_say_what_the_rows_say():
     table = [f"{gain:.2f}{perhaps}" for gain, perhaps in zip(gains, chance, strict=True)]
     assert re.findall(r"\| (\d\.\d\d.*?) \|", section) == table
     assert section in " ".join("".join(cell.source for cell in NOTEBOOKS["S6"].cells).split())
+    [text] = [cell.source for cell in NOTEBOOKS["experiment"].cells if "constant rate of 0.2" in cell.source]
+    figures = re.findall(r"[+-]\d\.\d{3} ± \d\.\d{3} points(?:, \d+ pairs)?", text)
+    first = rows["accuracies"].str.split().str[0].astype(float)
+    low, high = ttest_1samp((first["constant rate"] - first["ours"]).dropna(), 0).confidence_interval(1 - 0.05 / 10)
+    assert figures.pop(0) == f"{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f} points"
+    verdicts = "".join(output.get("text", "") for cell in CODE["ablation"] for output in cell.outputs)
+    assert len(figures) == 3 and all(figure in verdicts for figure in figures)
