@@ -5,6 +5,7 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from conftest import CODE, NOTEBOOKS, ROOT
 from IPython.core.inputtransformer2 import TransformerManager
 
@@ -61,12 +62,15 @@ def test_an_arm_that_fails_gets_no_verdict_and_the_others_go_on(names, capsys):
     arms = {"ours": (Recipe(), Net), "again": (Recipe(seed=7), Net), "late": (Late(), Net)}
     arms["diverges"] = Recipe(lr=1e30, batch_size=10), Net
     arms["wrong"] = Recipe(), lambda: Net(depth=2)
+    shared = torch.nn.PReLU()
+    arms["shared"] = Recipe(), lambda: Net(activation=shared)  # the second seed would go on with the first one's slope
     accuracies, text = verdicts(names, arms, range(1, 4), capsys)
-    assert accuracies.notna().sum().tolist() == [3, 3, 0, 0, 0] and accuracies["ours"].nunique() == 3
+    assert accuracies.notna().sum().tolist() == [3, 3, 0, 0, 0, 0] and accuracies["ours"].nunique() == 3
     assert "again: +0.000 ± nan points, 3 pairs: cannot tell\n" in text, "the same training again"
     assert "late failed with seed 3: AssertionError: a mistake\n" in text
     assert "diverges failed with seed 1: FloatingPointError: the training loss is nan" in text
-    assert "wrong failed with seed 1: TypeError: Net.__init__()" in text and text.count("failed") == 3, "each once"
+    assert "wrong failed with seed 1: TypeError: Net.__init__()" in text and text.count("failed") == 4, "each once"
+    assert "shared failed with seed 1: AssertionError: its function must make a new network each time" in text
     assert "late: +nan ± nan points, 0 pairs: cannot tell\n" in text
     assert text.endswith("\nThese are short trainings. After long ones, another arm may be the best.\n")
 
@@ -94,7 +98,7 @@ def test_the_lines_of_the_table_train_and_torchvision_draws_for_each_image(names
     exec(re.search("```python\n(.*?)```", table, re.DOTALL)[1], names)
     lines = re.findall(r"^\| .* \| `(.*,)` \|$", table, re.MULTILINE)
     accuracies, text = verdicts(names, eval(f"{{{''.join(lines)}}}", names), [1], capsys)
-    assert accuracies.shape == (1, 9) and accuracies.notna().all(axis=None), text
+    assert accuracies.shape == (1, 10) and accuracies.notna().all(axis=None), text
     same = names["digits"][:1].float().expand(8, 1, 28, 28)
     different = names["Torchvision"]().augment(same, None).unique(dim=0)
     assert len(different) > 4 and different.amax((1, 2, 3)).min() > 200
