@@ -24,6 +24,10 @@ NOTEBOOKS = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_versio
 CODE = {name: [cell for cell in NOTEBOOKS[name].cells if cell.cell_type == "code"] for name in NAMES}
 
 
+def text_of(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
 def run_training_cell(names):
     """Run the cell of S6.ipynb that trains, over `names` and those of utils.py; what it leaves is in `names`, too."""
     [cell] = [cell for cell in CODE["S6"] if "\nfor epoch in range(" in cell.source]

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
-from conftest import CODE, NOTEBOOKS, ROOT, run_training_cell
+from conftest import CODE, NOTEBOOKS, ROOT, run_training_cell, text_of
 from scipy.stats import ttest_1samp
 
 from s6.utils import Recipe, mnist_loaders
@@ -99,5 +99,5 @@ def test_readme_and_s6_ipynb_say_what_the_rows_say():
     first = rows["accuracies"].str.split().str[0].astype(float)
     low, high = ttest_1samp((first["constant rate"] - first["ours"]).dropna(), 0).confidence_interval(1 - 0.05 / 10)
     assert figures.pop(0) == f"{(low + high) / 2:+.3f} ± {(high - low) / 2:.3f} points"
-    verdicts = "".join(output.get("text", "") for cell in CODE["ablation"] for output in cell.outputs)
+    verdicts = "".join(map(text_of, CODE["ablation"]))
     assert len(figures) == 3 and all(figure in verdicts for figure in figures)

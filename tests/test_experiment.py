@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import CODE, NOTEBOOKS, ROOT
+from conftest import CODE, NOTEBOOKS, ROOT, text_of
 from IPython.core.inputtransformer2 import TransformerManager
 
 from s6.model import Net
@@ -49,8 +49,8 @@ def test_a_planted_arm_is_worse(names):
     arms = {"ours": (Recipe(batch_size=50), Net), "low rate": (Recipe(batch_size=50, lr=0.001), Net)}
     accuracies = names["run"](arms, range(1, 4), 1, 2_000)
     assert names["verdict"](accuracies["low rate"] - accuracies["ours"]).endswith(": worse"), accuracies
-    stored = "".join(output.get("text", "") for output in CODE["experiment"][-1].outputs)
-    assert re.search(r"^ReLU: .*: cannot tell\n.*\nrotation up to 60°: .*: worse$", stored, re.MULTILINE)
+    stored = r"^ReLU: .*: cannot tell\n.*\nrotation up to 60°: .*: worse$"
+    assert re.search(stored, text_of(CODE["experiment"][-1]), re.MULTILINE)
 
 
 def test_an_arm_that_fails_gets_no_verdict_and_the_others_go_on(names, capsys):

@@ -16,7 +16,7 @@ import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CODE, NOTEBOOKS, ROOT, random_images, run_training_cell
+from conftest import CODE, NOTEBOOKS, ROOT, random_images, run_training_cell, text_of
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -31,10 +31,6 @@ MODULES_CELL, SETTINGS, DATA, TRAINING, SAVED, CURVES, VERDICT, HANDWRITING = (
     for start in ("modules", "recipe", "train_loader,", "for epoch", "saved", "plot_curves", "parameters", "picture")
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def text_of(cell):
-    return "".join(output.get("text", "") for output in cell.outputs)
 
 
 @pytest.mark.parametrize(("name", "pictures"), [("S6", 7), ("experiment", 1), ("ablation", 4)])
