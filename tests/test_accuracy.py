@@ -1,76 +1,86 @@
 """The accuracy study trains as the notebook does, and nothing twice. README and S6.ipynb say what its rows say."""
 
 import re
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
-import pandas as pd
 import pytest
 import torch
 from conftest import CODE, NOTEBOOKS, ROOT, run_training_cell, text_of
 from scipy.stats import ttest_1samp
 
+from s6.model import Net
 from s6.utils import Recipe, mnist_loaders
-from studies import accuracy
-from studies.common import append, get_device, on_cpu, read
+from studies import accuracy, variants
+from studies.common import RESULTS, read
 
-ROWS = read(accuracy.RESULTS / "accuracy.csv")
-EVERY = {name: changes for _, variants in accuracy.STUDIES.values() for name, changes in variants.items()}
+ROWS = read(RESULTS / "accuracy.csv")
+ARMS = {name: arm for _, arms in variants.STUDIES.values() for name, arm in arms.items()}
+PARAMETERS = ROWS.groupby("variant")["parameters"].unique()
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-PARAMETERS = {row["variant"]: int(row["parameters"]) for row in ROWS}
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ARMS)
 def test_each_variant_trains_and_has_the_parameters_of_its_stored_rows(name, mnist):
-    row = accuracy.trial(name, "60k/test", 1, images=256, **EVERY[name] | {"epochs": 1})
+    recipe, network = ARMS[name]
+    row = accuracy.trial(name, (replace(recipe, epochs=1), network), "60k/test", 1, images=256)
     assert 0 < float(row["last"]) < 100 and len(row["accuracies"].split()) == len(row["losses"].split()) == 1
-    assert row["parameters"] == PARAMETERS[name.removesuffix(", 15 epochs")]
+    assert [row["parameters"]] == PARAMETERS[name]
 
 
 def test_a_trial_is_the_notebook_s_training(mnist, tmp_path, monkeypatch):
     """On the same few images, and on a CPU: a GPU never adds up in the same order. The average only watches."""
     cpu = torch.device("cpu")
     monkeypatch.setattr(accuracy, "get_device", lambda: cpu)
-    monkeypatch.setattr(accuracy, "on", lambda device, model: model)  # channels_last rounds otherwise
-    row = accuracy.trial("ours", "60k/test", 3, images=500, epochs=2, batch_size=50)
-    recipe = Recipe(seed=3, epochs=2, batch_size=50)
-    few = mnist_loaders(recipe, cpu, ROOT / "data")
-    for loader in few:
+    monkeypatch.setattr(torch, "channels_last", torch.preserve_format)  # it rounds otherwise
+    few = {"epochs": 2, "batch_size": 50}
+    row = accuracy.trial("ours", (Recipe(**few), Net), "60k/test", 3, images=500)
+    recipe = Recipe(seed=3, **few)
+    both = mnist_loaders(recipe, cpu, ROOT / "data")
+    for loader in both:
         loader.images, loader.labels = loader.images[:500], loader.labels[:500]
-    names = {"recipe": recipe, "train_loader": few[0], "test_loader": few[1], "folder": tmp_path}
+    names = {"recipe": recipe, "train_loader": both[0], "test_loader": both[1], "folder": tmp_path}
     run_training_cell(names)
     assert row["accuracies"] == " ".join(f"{x:.2f}" for x in names["test_acc"])
     assert row["losses"] == " ".join(f"{x:.5f}" for x in names["test_losses"])
-    without = accuracy.trial("-", "60k/test", 3, images=500, epochs=2, batch_size=50, averaged=False)
-    assert without["accuracies"] == row["raw accuracies"] != row["accuracies"]
+    without = accuracy.trial("-", (variants.NoAverage(**few), Net), "60k/test", 3, images=500)
+    assert without["accuracies"] == without["raw accuracies"] == row["raw accuracies"] != row["accuracies"]
 
 
-def test_what_is_missing_is_run_and_nothing_twice(tmp_path, mnist):
-    path = tmp_path / "rows.csv"
-    jobs = accuracy.missing("report", (1, 2), [], images=250)
-    assert accuracy.run(jobs, path, workers=2) == 0
+def test_what_is_missing_is_run_and_nothing_twice(tmp_path, mnist, monkeypatch, capsys):
+    path, one = tmp_path / "rows.csv", {"one": (Recipe(epochs=1), Net)}
+    studies = {"report": ("60k/test", one | {"diverges": (Recipe(epochs=9, lr=1e30), Net)})}
+
+    def start(*more):
+        monkeypatch.setattr("sys.argv", ["accuracy.py", "report", "--seeds", "2", "--images", "250", *more])
+        with pytest.raises(SystemExit) as end:
+            accuracy.main(studies, RESULTS / "accuracy.csv", "")
+        return end.value.code
+
+    assert start() == 2 and "--images needs a file of its own" in capsys.readouterr().err
+    assert start("--results", str(path)) == 1, "two trials failed"
     rows = read(path)
-    assert sorted(row["seed"] for row in rows) == ["1", "2"] and all(row["settings"] for row in rows)
-    append(path, rows[0] | {"seed": "3", "settings": "of another recipe"})
-    append(path, rows[0] | {"seed": "4", "device": "A GPU" if get_device().type == "cpu" else "2 CPUs"})
-    assert [job[2] for job in accuracy.missing("report", (1, 2, 3, 4), read(path), images=250)] == [3, 4]
+    assert list(rows["variant"]) == ["one", "one"] and list(rows) == list(ROWS), "the stored file can take new rows"
+    assert "diverges, seed 2 failed: FloatingPointError" in capsys.readouterr().out
+    others = rows.assign(seed=[3, 4], changes=["of another variant", rows["changes"][1]], kind=[rows["kind"][0], "-"])
+    others.to_csv(path, mode="a", header=False, index=False)
+    assert [job[3] for job in accuracy.missing("60k/test", one, (1, 2, 3, 4), path)] == [3, 4]
 
 
 def test_stored_rows_are_whole_there_once_and_of_the_variants_as_they_are_now():
-    for row in ROWS:
+    for row in ROWS.to_dict("records"):
+        recipe, network = ARMS[row["variant"]]
         curve, raw, losses = (row[kind].split() for kind in ("accuracies", "raw accuracies", "losses"))
-        epochs = int(re.match(r"epochs=(\d+)", row["settings"])[1])
-        assert len(curve) == len(losses) == epochs and len(raw) == epochs * (row["split"] == "60k/test")
-        assert row["last"] == curve[-1]
-        assert row["settings"] == accuracy.settings(EVERY[row["variant"]]), row["variant"]
-        assert "dirty" not in row["commit"]
-    once = {(row["settings"], row["split"], row["seed"], on_cpu(row)) for row in ROWS}
-    assert len(once) == len(ROWS) > 0
+        assert len(curve) == len(losses) == recipe.epochs and float(curve[-1]) == row["last"]
+        assert len(raw) == recipe.epochs or row["split"] == "50k/10k"
+        assert row["changes"] == variants.changes(recipe, network), row["variant"]
+    assert not ROWS["commit"].str.contains("dirty").any() and set(ROWS["kind"]) == {"CPU", "GPU"}
+    assert not ROWS.duplicated(["changes", "split", "seed", "kind"]).any()
 
 
 def test_readme_and_s6_ipynb_say_what_the_rows_say():
     """Gains are means of differences between trainings with the same seed on the same kind of device."""
-    rows = pd.DataFrame([row for row in ROWS if row["split"] == "60k/test"])
-    rows = rows.set_index(["variant", rows.apply(on_cpu, axis=1), "seed"])
+    rows = ROWS[ROWS["split"] == "60k/test"].set_index(["variant", "kind", "seed"])
     last, raw = (rows[kind].str.split().str[-1].astype(float) for kind in ("accuracies", "raw accuracies"))
     ours = last["ours"]
     assert f"{ours.mean():.2f} ± {ours.std():.2f} % (mean ± standard deviation), lowest {ours.min():.2f} %" in README

@@ -11,16 +11,21 @@ pytest.importorskip("onnxruntime", reason="needs tests/requirements.txt")
 pytest.importorskip("onnxscript", reason="needs tests/requirements.txt")
 
 
-def test_both_exports_agree_with_the_network_and_not_with_another(batches, tmp_path):
-    model, other = Net().eval(), Net().eval()
-    exports = export.export(model, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"S6.onnx", "S6.pt2"}, "the weights are inside"
-    for exported in exports.values():
-        difference, labels = export.compare(model, exported, batches)
-        assert difference <= export.TOLERANCE and labels == 0
-        assert export.compare(other, exported, batches)[0] > export.TOLERANCE
-        for images in (torch.rand(n, 1, 28, 28) for n in (1, 2, 7)):
-            torch.testing.assert_close(exported(images), model(images), rtol=0, atol=export.TOLERANCE)
+def test_both_exports_agree_with_the_network_and_not_with_another(mnist, tmp_path, monkeypatch, capsys):
+    model = Net().eval()
+    monkeypatch.setattr(export, "trained", lambda: model)
+    monkeypatch.setattr(export, "ROOT", tmp_path)
+    export.main(images=200)
+    said, folder = capsys.readouterr().out, tmp_path / "build"
+    assert {path.name for path in folder.iterdir()} == {"S6.onnx", "S6.pt2"}, "the weights are inside"
+    assert said.count("200 images") == 2
+    exports = export.export(model, folder).values()
+    for images in (torch.rand(n, 1, 28, 28) for n in (1, 2, 7)):
+        for exported in exports:
+            torch.testing.assert_close(exported(images), model(images), rtol=0, atol=1e-4)
+    monkeypatch.setattr(export, "export", lambda *_: {folder / "S6.pt2": Net().eval()})
+    with pytest.raises(AssertionError, match="not close"):
+        export.main(images=200)
 
 
 def test_the_weights_of_s6_ipynb_are_read_and_what_else_is_there_is_told_in_a_sentence(tmp_path):
