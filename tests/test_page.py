@@ -58,9 +58,6 @@ def test_a_network_that_the_page_cannot_compute_is_refused(place, layers, messag
     net.layers = torch.nn.Sequential(*net.layers[:place], *layers, *net.layers[place + 1 :])
     with pytest.raises(ValueError, match=message):
         page_weights(net)
-
-
-def test_a_network_without_layers_is_refused_too():
     with pytest.raises(ValueError, match="needs blocks"):
         page_weights(torch.nn.Linear(784, 10))
 
