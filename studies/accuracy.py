@@ -12,6 +12,7 @@ were made there. `60k/test` trains on all 60,000 and tests on the test set after
 
 import argparse
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,8 +32,8 @@ from studies.variants import STUDIES, changes
 
 def trial(variant, arm, split, seed, images=None):
     """Train an arm once, and return its row. `images` limits both sets."""
-    start, device = time.process_time(), get_device()
-    recipe, network = replace(arm[0], seed=seed), arm[1]
+    start, device, (recipe, network) = time.process_time(), get_device(), arm
+    recipe = replace(recipe, seed=seed)
     loader, test_loader = loaders(recipe, device, split, images)
     torch.manual_seed(seed)
     # One thread of a CPU trains a third faster in channels_last. Apple GPUs may get wrong gradients (pytorch/175189).
@@ -64,15 +65,21 @@ def missing(split, arms, seeds, path):
     """Return (variant, arm, split, seed) of each trial without a row from this kind of device."""
     there, kind = done(path, ["changes", "split", "seed", "kind"]), about(get_device())["kind"]
     jobs = [(variant, arm, split, seed) for seed in seeds for variant, arm in arms.items()]
-    return [job for job in jobs if (changes(*job[1]), split, job[3], kind) not in there]
+    return [job for job in jobs if (changes(*job[1]), split, job[3], kind) not in there]  # job[3] is the seed
+
+
+def prepare():
+    """Prepare a process that trains."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, else it would go on with the next trial
 
 
 def run(jobs, path, workers):
     """Run the trials, `workers` at once. Append each row when its trial ends. Return how many trials failed."""
-    commit, failed = about(get_device())["commit"], 0
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    commit, failed = about(get_device())["commit"], 0  # of the start, in case that it changes meanwhile
+    with ProcessPoolExecutor(workers, get_context("spawn"), prepare) as pool:
         running = {pool.submit(trial, *job): f"{job[0]}, seed {job[3]}" for job in jobs}
-        for ended in tqdm(as_completed(running), total=len(jobs), unit="trial", disable=False):
+        for ended in tqdm(as_completed(running), total=len(jobs), unit="trial"):
             try:
                 row = ended.result()
             except Exception as error:  # the other trials go on
@@ -87,16 +94,17 @@ def run(jobs, path, workers):
 def tables(studies, path):
     """Print the accuracies after the last epoch: a table for each study, a line for each variant."""
     rows = read(path)
-    rows["weights"] = rows["raw accuracies"].str.split().str[-1].astype(float)
+    rows["raw"] = rows["raw accuracies"].str.split().str[-1].astype(float)
     for study, (split, arms) in studies.items():
         print(f"\n| {study} | parameters | accuracy (%) | lowest | above 99.4 % | without the average |")
         print("|---" * 6 + "|")
         for variant in arms:
             some = rows[(rows["variant"] == variant) & (rows["split"] == split)]
             if len(some):
-                last, above = some["last"], f"{(some['last'] > 99.4).sum()} of {len(some)}"
-                print(f"| {variant} | {some['parameters'].iloc[0]:,} | {last.mean():.2f} ± {last.std():.2f} ", end="")
-                print(f"| {last.min():.2f} | {above} | {some['weights'].mean():.2f} |".replace("nan", "–"))
+                parameters, last, raw = some["parameters"].iloc[0], some["last"], some["raw"].mean()
+                above = f"{last.min():.2f} | {(last > 99.4).sum()} of {len(last)}"
+                line = f"| {variant} | {parameters:,} | {last.mean():.2f} ± {last.std():.2f} | {above} | {raw:.2f} |"
+                print(line.replace("nan", "–"))
 
 
 def main(studies, path, doc):
@@ -114,9 +122,11 @@ def main(studies, path, doc):
     if options.images and options.results == path:
         parser.error("--images needs a file of its own: add --results")
     split, arms = studies[options.study]
-    arms = {name: arms[name] for name in options.only or arms}
-    jobs = missing(split, arms, range(1, options.seeds + 1), options.results)
-    sys.exit(bool(run([(*job, options.images) for job in jobs], options.results, options.workers)))
+    names = options.only or list(arms)
+    if unknown := set(names) - set(arms):
+        parser.error(f"{options.study} has no variant {unknown}. It has {list(arms)}")
+    jobs = missing(split, {name: arms[name] for name in names}, range(1, options.seeds + 1), options.results)
+    sys.exit(run([(*job, options.images) for job in jobs], options.results, options.workers) > 0)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from s6.model import Net
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, RESULTS = ROOT / "data", ROOT / "studies" / "results"
+CURVES = "accuracies", "raw accuracies", "losses"  # columns of accuracy.csv with a number for each epoch
 
 
 def get_device():
@@ -38,8 +39,9 @@ def about(device):
     def git(*arguments):
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
 
-    name = f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}, {os.cpu_count()} CPUs"
-    if device.type != "cpu":
+    if device.type == "cpu":
+        name = f"{torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}, {os.cpu_count()} CPUs"
+    else:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     changed = git("diff", "--quiet", "HEAD", "--", "s6", "studies/*.py").returncode
     commit = git("rev-parse", "--short", "HEAD").stdout.strip() + ("-dirty" if changed else "")
@@ -49,7 +51,7 @@ def about(device):
 
 def read(path):
     """Return the rows of a CSV file."""
-    return pd.read_csv(path, keep_default_na=False)
+    return pd.read_csv(path, keep_default_na=False, converters=dict.fromkeys(CURVES, str))
 
 
 def done(path, columns):
@@ -59,6 +61,7 @@ def done(path, columns):
 
 def append(path, row):
     """Append a row, a dict, to a CSV file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame([row]).to_csv(path, mode="a", header=not path.exists(), index=False, lineterminator="\n")
 
 

@@ -36,7 +36,8 @@ def main(images=None):
     model, (_, loader) = trained(), loaders(Recipe(), torch.device("cpu"), "60k/test", images)
     expected, _ = predict(model, "cpu", loader)
     for path, exported in export(model, ROOT / "build").items():
-        outputs = torch.cat([exported(images) for images, _ in loader]).detach()
+        with torch.no_grad():
+            outputs = torch.cat([exported(images) for images, _ in loader])
         torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-4)
         print(
             f"{path.name}: {path.stat().st_size:,} bytes; its log-probabilities of {len(expected):,} images are within "

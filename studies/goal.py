@@ -6,9 +6,10 @@
 
 Rows, splits and options are those of studies/accuracy.py.
 
-SGD moves a kernel along its gradient. A gradient, seen as a matrix, mostly points along a few directions, and the
-others hardly move. Muon (Jordan, 2024) moves a kernel by the same distance in all directions: it replaces the gradient
-by the nearest matrix with orthonormal rows. So each step does more, and fewer steps are enough. All else is our recipe.
+The kernels of a convolution form a matrix, with a row for each output channel. Its gradient is large in a few
+directions and small in all others. With SGD, the matrix hardly moves in those. Muon (Jordan, 2024) moves it as far in
+all directions: it replaces the gradient by the nearest matrix with orthonormal rows. So fewer steps are enough.
+Besides, batches have 125 images, the warm-up is shorter, and a fixed norm of the kernels replaces weight decay.
 """
 
 import sys
@@ -24,7 +25,7 @@ from studies.common import RESULTS
 
 
 def orthogonalized(matrix):
-    """Return the matrix with nearly orthonormal rows: five Newton-Schulz steps with Jordan's coefficients.
+    """Return nearly the nearest matrix with orthonormal rows: five Newton-Schulz steps with Jordan's coefficients.
 
     Write the matrix as U S V, with orthonormal U and V and a diagonal S. A step replaces each number s in S by
     3.4445 s - 4.7750 s³ + 2.0315 s⁵. After five steps, all but the smallest are between 0.7 and 1.2.
@@ -39,7 +40,8 @@ def orthogonalized(matrix):
 class Muon(torch.optim.Optimizer):
     """Muon for convolution kernels, SGD for all other parameters. Both have Nesterov's momentum.
 
-    The code follows airbench94_muon.py in KellerJordan/cifar10-airbench. torch.optim.Muon takes matrices alone.
+    The steps are those of airbench94_muon.py in KellerJordan/cifar10-airbench. There, the last layer is linear, and SGD
+    trains it. Here, it is a convolution, and Muon trains it. torch.optim.Muon takes matrices alone.
     """
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.add(buffer, alpha=group["momentum"])
                 if p.ndim > 1:
                     update = orthogonalized(update.flatten(1)).view_as(p)  # a row for each output channel
-                    p.mul_(len(p) ** 0.5 / p.norm())  # in place of weight decay: the norm stays
+                    p.mul_(len(p) ** 0.5 / p.norm())  # each step starts from the same norm
                 p.sub_(update, alpha=group["lr"])
 
 

@@ -4,7 +4,7 @@
 
 - A is the course's way. A `DataLoader` changes each image with PIL. Its workers are processes that do this.
 - B is ours, as in S6.ipynb.
-- C repeats the steps of B on one batch: forward pass, backward pass, optimizer. It does no work on data.
+- C does the steps of B alone. It trains on one batch again and again, without schedule and moving average.
 
 A shared machine changes its speed. So A, B and C take turns, and each time is divided by that of C in the same turn. A
 time that has its row from the same device is not measured again.
@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,7 +34,7 @@ def course(images, workers):
     """Return a function that trains for an epoch as the course does."""
     normalize = transforms.Normalize((utils.MEAN,), (utils.STD,))
     transform = transforms.Compose([*COURSE_TRANSFORMS, transforms.ToTensor(), normalize])
-    dataset = Subset(MNIST(DATA, transform=transform), range(images))
+    dataset = Subset(MNIST(DATA, download=True, transform=transform), range(images))
     loader = DataLoader(dataset, COURSE["batch_size"], True, num_workers=workers, persistent_workers=workers > 0)
     model = CourseNet(dropout=0.005).to(device)
     optimizer = CourseSteps(**COURSE).optimizer(model)
@@ -46,7 +45,7 @@ def course(images, workers):
             optimizer.zero_grad()
             output = model(data)
             loss = F.nll_loss(output, target)
-            loss.item()
+            loss.item()  # the course shows it in its bar
             loss.backward()
             optimizer.step()
             output.argmax(1).eq(target).sum().item()
@@ -57,23 +56,12 @@ def course(images, workers):
 def ours(images, steps_alone=False):
     """Return a function that trains for an epoch with our recipe, or does its steps alone."""
     recipe, model = utils.Recipe(), Net().to(device)
-    loader, _ = loaders(recipe, device, "60k/test", images)
+    batches, _ = loaders(recipe, device, "60k/test", images)
     optimizer = recipe.optimizer(model)
-    scheduler, averaged = recipe.scheduler(optimizer, len(loader)), recipe.averaged(model)
-    batch, target = next(iter(loader))
-
-    def steps():
-        for _ in range(len(loader)):
-            loss = F.nll_loss(model(batch), target)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        loss.item()  # waits for a GPU
-
-    def epoch():
-        utils.train(model, device, loader, optimizer, F.nll_loss, scheduler=scheduler, averaged=averaged)
-
-    return steps if steps_alone else epoch
+    more = {"scheduler": recipe.scheduler(optimizer, len(batches)), "averaged": recipe.averaged(model)}
+    if steps_alone:
+        batches, more = [next(iter(batches))] * len(batches), {}
+    return lambda: utils.train(model, device, batches, optimizer, F.nll_loss, **more)
 
 
 def table(path):
@@ -96,9 +84,8 @@ def main():
     options = parser.parse_args()
     if options.images < 60_000 and options.results == RESULTS / "speed.csv":
         parser.error("--images needs a file of its own: add --results")
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     columns, path = about(device), options.results
-    epochs = {f"A, {n} workers": course(options.images, n) for n in (0, os.cpu_count(), 2 * os.cpu_count())}
+    epochs = {f"A, {n} workers": course(options.images, n) for n in (0, os.cpu_count())}
     epochs |= {"B": ours(options.images), "C": ours(options.images, steps_alone=True)}
     for turn in range(1, options.turns + 1):
         for name, epoch in epochs.items():

@@ -1,6 +1,7 @@
 """The variants of our recipe that studies/accuracy.py trains.
 
-A variant has a name and an arm, as in experiment.ipynb: a recipe, and a function that makes a network.
+A variant is an arm with a name, as in experiment.ipynb: a recipe, and a class or a `partial` that makes a network. A
+lambda cannot be sent to another process. studies/accuracy.py explains the splits `60k/test` and `50k/10k`.
 """
 
 from functools import partial
@@ -13,8 +14,6 @@ from torchvision import transforms
 
 from s6.model import ConvBlock, Net
 from s6.utils import Recipe
-
-# ----------------------------------------------------------------------------------------------------------- recipes
 
 
 class NoAugmentation(Recipe):
@@ -72,7 +71,7 @@ class NoBatchNorm(Net):
         super().__init__()
         for i in BLOCKS:
             self.layers[i].norm = nn.Identity()
-            nn.init.kaiming_normal_(self.layers[i].conv.weight)  # He et al., 2015. With torch's, it learns nothing
+            nn.init.kaiming_normal_(self.layers[i].conv.weight)  # He et al., 2015. With torch's own, nothing is learned
             nn.init.zeros_(self.layers[i].conv.bias)
 
 
@@ -117,7 +116,7 @@ LADDER = {  # from the course's recipe to ours, one step at a time
     "no dropout": (CourseSteps(**COURSE), CourseNet),
     "BatchNorm before ReLU, no ReLU on the scores": (CourseSteps(**COURSE), RELU),
     "one-cycle up to 0.2, Nesterov, weight decay": (NoAverage(batch_size=512), RELU),
-    # Without their moving average, the next two are two steps more: batches of 250, then SiLU. The average is the last.
+    # Those above have no moving average. Those below have one. Their "raw accuracies" are without it.
     "ReLU instead of SiLU": (Recipe(), RELU),
 }
 WIDTHS = {
@@ -142,6 +141,6 @@ def changes(recipe, network):
     """Return how an arm differs from `(Recipe(), Net)`, as text."""
     network = partial(network)  # partial(partial(Net, width=2)) has func=Net and keywords={"width": 2}, too
     names = [part.__name__ for part in (type(recipe), network.func) if part not in (Recipe, Net)]
-    numbers = {name: value for name, value in vars(recipe).items() if value != getattr(Recipe, name)}
+    numbers = {name: value for name, value in vars(recipe).items() if value != getattr(Recipe, name, None)}
     given = (numbers | network.keywords).items()
     return ", ".join(names + [f"{name}={getattr(value, '__name__', value)}" for name, value in given])

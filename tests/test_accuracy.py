@@ -58,6 +58,7 @@ def test_what_is_missing_is_run_and_nothing_twice(tmp_path, mnist, monkeypatch, 
         return end.value.code
 
     assert start() == 2 and "--images needs a file of its own" in capsys.readouterr().err
+    assert start("--only", "two", "--results", str(path)) == 2 and "has no variant {'two'}" in capsys.readouterr().err
     assert start("--results", str(path)) == 1, "two trials failed"
     rows = read(path)
     assert list(rows["variant"]) == ["one", "one"] and list(rows) == list(ROWS), "the stored file can take new rows"
