@@ -1,7 +1,9 @@
 # `make run` runs the notebook, `make test` runs the tests. Each command first installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-unexport JUPYTER_PATH  # it may name kernels of another Python
+unexport JUPYTER_PATH PYTHONPATH  # they may name kernels and modules of another Python
+# pip cannot install into .venv and into the home of the user at once.
+export PIP_USER := 0
 NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR
 EXECUTE := $(NBCONVERT) --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False
 COALESCE := --CoalesceStreamsPreprocessor.enabled=True  # keeps only the last state of a progress bar

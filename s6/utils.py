@@ -93,13 +93,17 @@ class MovingAverage(AveragedModel):
         super().__init__(model)
         self.average = average
 
+    @torch.no_grad()
     def update_parameters(self, model):
         """Move the average towards the weights of `model`. Call this after each step."""
         share = self.average / (self.average + 1 + int(self.n_averaged))
-        old, new = self.module.state_dict(), model.state_dict()
-        # All but integers (BatchNorm counts batches): old += share * (new - old)
-        names = [name for name, tensor in new.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_([old[name] for name in names], [new[name] for name in names], share)
+        # Each tensor once, also if several layers share it, as `state_dict` would not. Integers are
+        # left out (BatchNorm counts batches).
+        old, new = (
+            [tensor for tensor in (*net.parameters(), *net.buffers()) if tensor.is_floating_point()]
+            for net in (self.module, model)
+        )
+        torch._foreach_lerp_(old, new, share)  # old += share * (new - old)
         self.n_averaged += 1
 
 
@@ -125,7 +129,7 @@ def load_mnist(root="data", train=True):
         mnist = MNIST(root, train, download=True)
         content = mnist.data.numpy().tobytes() + mnist.targets.numpy().tobytes()
         if hashlib.sha256(content).hexdigest() != SHA256[train]:
-            raise ValueError("a file is damaged")  # torchvision does not notice
+            raise ValueError("a file is damaged, or is not of MNIST")  # torchvision does not notice
     except Exception as error:  # such as no network, half a file, a read-only folder
         raise RuntimeError(
             f"MNIST could not be loaded: {error}. If a file is damaged, delete {root / 'MNIST'}. "
@@ -194,7 +198,10 @@ class Loader:
 
 
 def make_loaders(recipe, device, train_set, test_set):
-    """Return `(train_loader, test_loader)` on `device`. A set is a pair of images and labels."""
+    """Return `(train_loader, test_loader)` on `device`. A set is a pair of images and labels.
+
+    For images other than MNIST's, first set `MEAN` and `STD` in this file.
+    """
     train_set, test_set = ([part.to(device) for part in both] for both in (train_set, test_set))
     train_loader = Loader(*train_set, recipe.batch_size, recipe.seed, recipe.augment)
     return train_loader, Loader(*test_set, batch_size=1000)
