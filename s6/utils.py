@@ -6,6 +6,7 @@ import socket
 import sys
 from dataclasses import dataclass, fields
 from inspect import getmembers
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -110,6 +111,7 @@ class MovingAverage(AveragedModel):
 # -------------------------------------------------------------------------------------------- data
 
 MEAN, STD = 0.1307, 0.3081  # of the training images, scaled to [0, 1]
+TIME_LIMIT = 600  # seconds, for `load_mnist`
 SHA256 = {  # checksums for `load_mnist`, of the training set (True) and of the test set (False)
     True: "d18cfd466eb143ac1097fde604dba9eec4116885869d04cc648b510949f9e88c",
     False: "a0863a96c44e5666edbb30c4071ee79ca0514c621e6349c5967fc78e7305c891",
@@ -119,14 +121,21 @@ SHA256 = {  # checksums for `load_mnist`, of the training set (True) and of the 
 def load_mnist(root="data", train=True):
     """Return MNIST's training or test set: (N, 1, 28, 28) uint8 images and (N,) int64 labels.
 
-    Downloads MNIST on first use. Raises RuntimeError if the download fails or a file is damaged.
+    Downloads MNIST on first use. Raises RuntimeError if a file is damaged, or if the download fails
+    or takes more than ten minutes.
     """
     root = Path(root).expanduser()
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(60)  # seconds. Some servers never answer
     try:
         root.mkdir(exist_ok=True)  # fails if Google Drive is not mounted. MNIST would make folders
-        mnist = MNIST(root, train, download=True)
+        # A server may send so little at a time that no read takes 60 seconds. So there is a limit
+        # for all of it. Its thread ends with the program.
+        loading = ThreadPool(1).apply_async(MNIST, (root, train), {"download": True})
+        loading.wait(TIME_LIMIT)
+        if not loading.ready():
+            raise TimeoutError(f"it took more than {TIME_LIMIT} seconds")
+        mnist = loading.get()
         content = mnist.data.numpy().tobytes() + mnist.targets.numpy().tobytes()
         if hashlib.sha256(content).hexdigest() != SHA256[train]:
             raise ValueError("a file is damaged, or is not of MNIST")  # torchvision does not notice

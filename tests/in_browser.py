@@ -11,11 +11,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from torch import nn
 
+from conftest import ROOT
 from s6.draw import MEAN, STD, classify, drawing_page, read_picture, show_page
 from s6.model import ConvBlock, Net
 

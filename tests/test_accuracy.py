@@ -6,9 +6,9 @@ from dataclasses import replace
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import CODE, NOTEBOOKS, ROOT, run_training_cell, text_of
 from scipy.stats import ttest_1samp
 
+from conftest import CODE, NOTEBOOKS, ROOT, run_training_cell, text_of
 from s6.model import Net
 from s6.utils import Recipe, mnist_loaders
 from studies import accuracy, variants

@@ -1,14 +1,16 @@
 import shutil
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
 from torchvision.transforms.functional import InterpolationMode
 from torchvision.transforms.functional import affine as affine_of_torchvision
 
+from conftest import ROOT
 from s6.utils import MEAN, STD, Loader, Recipe, affine, load_mnist, mnist_loaders
 
 IMAGES = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -100,6 +102,14 @@ def test_damaged_files_and_a_failing_download_say_what_to_do_and_nothing_is_dele
             load_mnist(tmp_path)
         assert sorted(raw.iterdir()) == before and socket.getdefaulttimeout() is None
         monkeypatch.setattr("s6.utils.MNIST", download)
+
+
+def test_a_download_that_hardly_moves_ends_and_so_does_the_program(tmp_path):
+    """Such as one byte every 20 seconds."""
+    code = "import time; from s6 import utils; utils.TIME_LIMIT = 1; utils.MNIST = lambda *_, **__: time.sleep(600)"
+    command = [sys.executable, "-c", f"{code}; utils.load_mnist({str(tmp_path / 'data')!r})"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 1 and "MNIST could not be loaded: it took more than 1 seconds" in done.stderr
 
 
 def test_a_drive_that_is_not_mounted_is_not_made(tmp_path):

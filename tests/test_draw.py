@@ -4,12 +4,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image, ImageDraw, ImageOps
 from scipy.ndimage import distance_transform_edt
 from skimage.morphology import skeletonize
 from sklearn.datasets import load_digits
 
+from conftest import ROOT
 from s6 import utils
 from s6.draw import MEAN, STD, classify, plot_reading, read_picture
 

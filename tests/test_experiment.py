@@ -6,9 +6,9 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from conftest import CODE, NOTEBOOKS, ROOT, text_of
 from IPython.core.inputtransformer2 import TransformerManager
 
+from conftest import CODE, NOTEBOOKS, ROOT, text_of
 from s6.model import Net
 from s6.utils import Recipe
 

@@ -3,10 +3,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from torch import nn
 from torchsummary import summary
 
+from conftest import ROOT
 from s6.model import ConvBlock, Net
 
 

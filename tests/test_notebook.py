@@ -16,12 +16,12 @@ import nbformat
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CODE, NOTEBOOKS, ROOT, random_images, run_training_cell, text_of
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
+from conftest import CODE, NOTEBOOKS, ROOT, random_images, run_training_cell, text_of
 from s6.model import Net
 from s6.utils import Loader, Recipe
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, network_in
 
+from conftest import ROOT, network_in
 from s6 import utils
 from s6.draw import classify, drawing_page, page_weights
 from s6.model import ConvBlock, Net

@@ -5,12 +5,12 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import MNIST
 
+from conftest import ROOT
 from s6.model import Net
 from s6.utils import MEAN, STD, Loader, Recipe, fit, predict, test, train
 
