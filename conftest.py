@@ -1,4 +1,5 @@
 import base64
+import fcntl
 import json
 import os
 import re
@@ -24,6 +25,13 @@ ROOT = Path(__file__).parent
 NAMES = ("S6", "experiment", "ablation")
 NOTEBOOKS = {name: nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in NAMES}
 CODE = {name: [cell for cell in NOTEBOOKS[name].cells if cell.cell_type == "code"] for name in NAMES}
+
+
+def pytest_sessionstart(session):
+    if session.config.option.nbval:  # S6.ipynb writes S6.pt and reads it again. A second run in this folder waits
+        (ROOT / "build").mkdir(exist_ok=True)
+        session.lock = open(ROOT / "build" / "lock", "w", encoding="utf-8")
+        fcntl.flock(session.lock, fcntl.LOCK_EX)
 
 
 def pytest_collectstart(collector):
