@@ -36,9 +36,7 @@ def pytest_sessionstart(session):
 
 def pytest_collectstart(collector):
     if collector.path.suffix == ".ipynb":
-        collector.skip_compare += (
-            "stderr",
-        )  # a library may warn, such as torch about an old driver: the user reads it
+        collector.skip_compare += ("stderr",)  # a library may warn, such as torch about an old driver
 
 
 def text_of(cell):

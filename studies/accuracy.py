@@ -4,10 +4,7 @@
     .venv/bin/python studies/accuracy.py tables               # the tables of studies/README.md
 
 A training is skipped if the file has its row from the same kind of device, CPU or GPU. So a study that was interrupted
-goes on with the missing ones. Each training runs on one thread.
-
-There are two splits. `50k/10k` trains on the first 50,000 training images and tests on the last 10,000. All choices
-were made there. `60k/test` trains on all 60,000 and tests on the test set after each epoch. The last epoch counts.
+goes on with the missing ones. studies/README.md explains rows and splits.
 """
 
 import argparse
@@ -26,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from s6.utils import test, train
-from studies.common import RESULTS, about, append, done, get_device, loaders, read
+from studies.common import RESULTS, ROOT, about, append, done, get_device, loaders, read
 from studies.variants import STUDIES, changes
 
 
@@ -114,19 +111,18 @@ def main(studies, path, doc):
     parser.add_argument("--seeds", type=int, default=1, help="seeds 1 to SEEDS (default: 1)")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="only these variants")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="trials at once (default: one a core)")
-    parser.add_argument("--images", type=int, help="images of each set, for a quick check; needs --results")
-    parser.add_argument("--results", type=Path, default=path, help="the CSV file")
+    parser.add_argument("--images", type=int, help="images of each set, for a quick check with its rows in `build`")
+    parser.add_argument("--results", type=Path, help=f"the CSV file (default: {path.name} in studies/results)")
     options = parser.parse_args()
+    path = options.results or (ROOT / "build" / path.name if options.images else path)
     if options.study == "tables":
-        return tables(studies, options.results)
-    if options.images and options.results == path:
-        parser.error("--images needs a file of its own: add --results")
+        return tables(studies, path)
     split, arms = studies[options.study]
     names = options.only or list(arms)
     if unknown := set(names) - set(arms):
         parser.error(f"{options.study} has no variant {unknown}. It has {list(arms)}")
-    jobs = missing(split, {name: arms[name] for name in names}, range(1, options.seeds + 1), options.results)
-    sys.exit(run([(*job, options.images) for job in jobs], options.results, options.workers) > 0)
+    jobs = missing(split, {name: arms[name] for name in names}, range(1, options.seeds + 1), path)
+    sys.exit(run([(*job, options.images) for job in jobs], path, options.workers) > 0)
 
 
 if __name__ == "__main__":

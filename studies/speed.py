@@ -2,7 +2,7 @@
 
     .venv/bin/python studies/speed.py           # a quarter of an hour on two idle cores; then prints the table
 
-- A is the course's way. A `DataLoader` changes each image with PIL. Its workers are processes that do this.
+- A is the course's way. A `DataLoader` changes each image with PIL, in this process (0 workers) or in others.
 - B is ours, as in S6.ipynb.
 - C does the steps of B alone. It trains on one batch again and again, without schedule and moving average.
 
@@ -24,7 +24,7 @@ from torchvision.datasets import MNIST
 
 from s6 import utils
 from s6.model import Net
-from studies.common import DATA, RESULTS, about, append, done, get_device, loaders, read
+from studies.common import DATA, RESULTS, ROOT, about, append, done, get_device, loaders, read
 from studies.variants import COURSE, COURSE_TRANSFORMS, CourseNet, CourseSteps
 
 device = get_device()
@@ -79,12 +79,9 @@ def table(path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--images", type=int, default=60_000, help="for a quick check; needs --results")
-    parser.add_argument("--results", type=Path, default=RESULTS / "speed.csv", help="the CSV file")
+    parser.add_argument("--images", type=int, default=60_000, help="fewer for a quick check with its rows in `build`")
     options = parser.parse_args()
-    if options.images < 60_000 and options.results == RESULTS / "speed.csv":
-        parser.error("--images needs a file of its own: add --results")
-    columns, path = about(device), options.results
+    columns, path = about(device), (RESULTS if options.images == 60_000 else ROOT / "build") / "speed.csv"
     epochs = {f"A, {n} workers": course(options.images, n) for n in (0, os.cpu_count())}
     epochs |= {"B": ours(options.images), "C": ours(options.images, steps_alone=True)}
     for turn in range(1, options.turns + 1):

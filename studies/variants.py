@@ -1,7 +1,7 @@
 """The variants of our recipe that studies/accuracy.py trains.
 
 A variant is an arm with a name, as in experiment.ipynb: a recipe, and a class or a `partial` that makes a network. A
-lambda cannot be sent to another process. studies/accuracy.py explains the splits `60k/test` and `50k/10k`.
+lambda cannot be sent to another process. studies/README.md explains the splits `60k/test` and `50k/10k`.
 """
 
 from functools import partial
@@ -99,7 +99,7 @@ class EarlyPooling(Net):
 
 OURS = {"ours": (Recipe(), Net)}
 RELU = partial(Net, activation=F.relu)
-ABLATION = {  # "no moving average" needs no trainings: each row also has the accuracies of the weights themselves
+ABLATION = {  # "no moving average" needs no trainings: rows also have the accuracies without it
     "no augmentation": (NoAugmentation(), Net),
     "ReLU instead of SiLU": (Recipe(), RELU),
     "no BatchNorm, He's first weights, a quarter of the rate": (Recipe(lr=0.05), NoBatchNorm),
@@ -110,13 +110,12 @@ ABLATION = {  # "no moving average" needs no trainings: each row also has the ac
     "dropout 0.05": (Recipe(), partial(Net, dropout=0.05)),
 }
 COURSE = {"lr": 0.01, "batch_size": 512}
-LADDER = {  # from the course's recipe to ours, one step at a time
+LADDER = {  # from the course's recipe to ours
     "the course's recipe": (Course(**COURSE), partial(CourseNet, dropout=0.005)),
     "affine augmentation": (CourseSteps(**COURSE), partial(CourseNet, dropout=0.005)),
     "no dropout": (CourseSteps(**COURSE), CourseNet),
     "BatchNorm before ReLU, no ReLU on the scores": (CourseSteps(**COURSE), RELU),
     "one-cycle up to 0.2, Nesterov, weight decay": (NoAverage(batch_size=512), RELU),
-    # Those above have no moving average. Those below have one. Their "raw accuracies" are without it.
     "ReLU instead of SiLU": (Recipe(), RELU),
 }
 WIDTHS = {
@@ -124,8 +123,7 @@ WIDTHS = {
     for width in (0.375, 0.5, 0.625, 0.75, 0.875, 1.25, 1.375)
 }
 NEXT = {  # the course's next assignment: fewer than 8,000 parameters, at most 15 epochs
-    f"{name}, 15 epochs": (Recipe(epochs=15), WIDTHS[name][1])
-    for name in ("0.75 of the channels", "0.875 of the channels")
+    f"{width:g} of the channels, 15 epochs": (Recipe(epochs=15), partial(Net, width=width)) for width in (0.75, 0.875)
 }
 STUDIES = {
     "report": ("60k/test", OURS),
