@@ -11,7 +11,7 @@ from scipy.stats import ttest_1samp
 from conftest import CODE, NOTEBOOKS, ROOT, run_training_cell, text_of
 from s6.model import Net
 from s6.utils import Recipe, mnist_loaders
-from studies import accuracy, variants
+from studies import accuracy, goal, speed, variants
 from studies.common import RESULTS, read
 
 ROWS = read(RESULTS / "accuracy.csv")
@@ -76,6 +76,16 @@ def test_stored_rows_are_whole_there_once_and_of_the_variants_as_they_are_now():
         assert row["changes"] == variants.changes(recipe, network), row["variant"]
     assert not ROWS["commit"].str.contains("dirty").any() and set(ROWS["kind"]) == {"CPU", "GPU"}
     assert not ROWS.duplicated(["changes", "split", "seed", "kind"]).any()
+
+
+def test_the_studies_readme_shows_the_tables_of_the_stored_rows(capsys):
+    accuracy.tables(variants.STUDIES, RESULTS / "accuracy.csv")
+    accuracy.tables(goal.STUDIES, RESULTS / "goal.csv")
+    speed.table(RESULTS / "speed.csv")
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) >= len(variants.STUDIES) + len(goal.STUDIES) + 1
+    shown = (ROOT / "studies" / "README.md").read_text(encoding="utf-8")
+    assert not [table for table in tables if table not in shown]
 
 
 def test_readme_and_s6_ipynb_say_what_the_rows_say():
