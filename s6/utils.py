@@ -131,11 +131,12 @@ def load_mnist(root="data", train=True):
         root.mkdir(exist_ok=True)  # fails if Google Drive is not mounted. MNIST would make folders
         # A server may send so little at a time that no read takes 60 seconds. So there is a limit
         # for all of it. Its thread ends with the program.
-        loading = ThreadPool(1).apply_async(MNIST, (root, train), {"download": True})
-        loading.wait(TIME_LIMIT)
-        if not loading.ready():
-            raise TimeoutError(f"it took more than {TIME_LIMIT} seconds")
-        mnist = loading.get()
+        with ThreadPool(1) as pool:
+            loading = pool.apply_async(MNIST, (root, train), {"download": True})
+            loading.wait(TIME_LIMIT)
+            if not loading.ready():
+                raise TimeoutError(f"it took more than {TIME_LIMIT} seconds")
+            mnist = loading.get()
         content = mnist.data.numpy().tobytes() + mnist.targets.numpy().tobytes()
         if hashlib.sha256(content).hexdigest() != SHA256[train]:
             raise ValueError("a file is damaged, or is not of MNIST")  # torchvision does not notice
