@@ -27,8 +27,8 @@ from studies.common import RESULTS, ROOT, about, append, done, get_device, loade
 from studies.variants import STUDIES, changes
 
 
-def trial(variant, arm, split, seed, images=None):
-    """Train an arm once, and return its row. `images` limits both sets."""
+def trial(variant, arm, split, seed, images, columns):
+    """Train an arm once, and return its row. `images` limits both sets, and `columns` go into the row."""
     start, device, (recipe, network) = time.process_time(), get_device(), arm
     recipe = replace(recipe, seed=seed)
     loader, test_loader = loaders(recipe, device, split, images)
@@ -50,7 +50,7 @@ def trial(variant, arm, split, seed, images=None):
         "last": f"{accuracies[-1]:.2f}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": f"{time.process_time() - start:.0f}",  # this is processor time
-        **about(device),
+        **columns,
         "changes": changes(*arm),
         "accuracies": " ".join(f"{x:.2f}" for x in accuracies),
         "raw accuracies": " ".join(f"{x:.2f}" for x in raw),
@@ -73,9 +73,9 @@ def prepare():
 
 def run(jobs, path, workers):
     """Run the trials, `workers` at once. Append each row when its trial ends. Return how many trials failed."""
-    commit, failed = about(get_device())["commit"], 0  # of the start, in case that it changes meanwhile
+    columns, failed = about(get_device()), 0  # with the commit of the start, in case that it changes meanwhile
     with ProcessPoolExecutor(workers, get_context("spawn"), prepare) as pool:
-        running = {pool.submit(trial, *job): f"{job[0]}, seed {job[3]}" for job in jobs}
+        running = {pool.submit(trial, *job, columns): f"{job[0]}, seed {job[3]}" for job in jobs}
         for ended in tqdm(as_completed(running), total=len(jobs), unit="trial"):
             try:
                 row = ended.result()
@@ -83,7 +83,7 @@ def run(jobs, path, workers):
                 failed += 1
                 tqdm.write(f"{running[ended]} failed: {type(error).__name__}: {error}")
             else:
-                append(path, row | {"commit": commit})
+                append(path, row)
                 tqdm.write(f"{running[ended]}: {row['last']} %")
     return failed
 

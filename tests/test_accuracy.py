@@ -22,7 +22,7 @@ README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 @pytest.mark.parametrize("name", ARMS)
 def test_each_variant_trains_and_has_the_parameters_of_its_stored_rows(name, mnist):
     recipe, network = ARMS[name]
-    row = accuracy.trial(name, (replace(recipe, epochs=1), network), "60k/test", 1, images=256)
+    row = accuracy.trial(name, (replace(recipe, epochs=1), network), "60k/test", 1, 256, columns={})
     assert 0 < float(row["last"]) < 100 and len(row["accuracies"].split()) == len(row["losses"].split()) == 1
     assert {row["parameters"]} == set(ROWS["parameters"][ROWS["variant"] == name])
 
@@ -33,7 +33,7 @@ def test_a_trial_is_the_notebook_s_training(mnist, tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy, "get_device", lambda: cpu)
     monkeypatch.setattr(torch, "channels_last", torch.preserve_format)  # it rounds otherwise
     few = {"epochs": 2, "batch_size": 50}
-    row = accuracy.trial("ours", (Recipe(**few), Net), "60k/test", 3, images=500)
+    row = accuracy.trial("ours", (Recipe(**few), Net), "60k/test", 3, 500, columns={})
     recipe = Recipe(seed=3, **few)
     both = mnist_loaders(recipe, cpu, ROOT / "data")
     for loader in both:
@@ -42,7 +42,7 @@ def test_a_trial_is_the_notebook_s_training(mnist, tmp_path, monkeypatch):
     run_training_cell(names)
     assert row["accuracies"] == " ".join(f"{x:.2f}" for x in names["test_acc"])
     assert row["losses"] == " ".join(f"{x:.5f}" for x in names["test_losses"])
-    without = accuracy.trial("-", (variants.NoAverage(**few), Net), "60k/test", 3, images=500)
+    without = accuracy.trial("-", (variants.NoAverage(**few), Net), "60k/test", 3, 500, columns={})
     assert without["accuracies"] == without["raw accuracies"] == row["raw accuracies"] != row["accuracies"]
 
 
