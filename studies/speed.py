@@ -25,7 +25,7 @@ from torchvision.datasets import MNIST
 from s6 import utils
 from s6.model import Net
 from studies.common import DATA, RESULTS, ROOT, about, append, done, get_device, loaders, read
-from studies.variants import COURSE, COURSE_TRANSFORMS, CourseNet, CourseSteps
+from studies.variants import COURSE, COURSE_NET, COURSE_TRANSFORMS, CourseSteps
 
 device = get_device()
 
@@ -36,7 +36,7 @@ def course(images, workers):
     transform = transforms.Compose([*COURSE_TRANSFORMS, transforms.ToTensor(), normalize])
     dataset = Subset(MNIST(DATA, download=True, transform=transform), range(images))
     loader = DataLoader(dataset, COURSE["batch_size"], True, num_workers=workers, persistent_workers=workers > 0)
-    model = CourseNet(dropout=0.005).to(device)
+    model = COURSE_NET().to(device)
     optimizer = CourseSteps(**COURSE).optimizer(model)
 
     def epoch():
@@ -84,9 +84,10 @@ def main():
     columns, path = about(device), (RESULTS if options.images == 60_000 else ROOT / "build") / "speed.csv"
     epochs = {f"A, {n} workers": course(options.images, n) for n in (0, os.cpu_count())}
     epochs |= {"B": ours(options.images), "C": ours(options.images, steps_alone=True)}
+    there = done(path, ["device", "turn", "epoch"])
     for turn in range(1, options.turns + 1):
         for name, epoch in epochs.items():
-            if (columns["device"], turn, name) not in done(path, ["device", "turn", "epoch"]):
+            if (columns["device"], turn, name) not in there:
                 start = time.perf_counter()
                 epoch()
                 append(path, {"epoch": name, "turn": turn, "seconds": f"{time.perf_counter() - start:.2f}"} | columns)

@@ -109,10 +109,10 @@ ABLATION = {  # "no moving average" needs no trainings: rows also have the accur
     "pooling one block earlier": (Recipe(), EarlyPooling),
     "dropout 0.05": (Recipe(), partial(Net, dropout=0.05)),
 }
-COURSE = {"lr": 0.01, "batch_size": 512}
+COURSE, COURSE_NET = {"lr": 0.01, "batch_size": 512}, partial(CourseNet, dropout=0.005)
 LADDER = {  # from the course's recipe to ours
-    "the course's recipe": (Course(**COURSE), partial(CourseNet, dropout=0.005)),
-    "affine augmentation": (CourseSteps(**COURSE), partial(CourseNet, dropout=0.005)),
+    "the course's recipe": (Course(**COURSE), COURSE_NET),
+    "affine augmentation": (CourseSteps(**COURSE), COURSE_NET),
     "no dropout": (CourseSteps(**COURSE), CourseNet),
     "BatchNorm before ReLU, no ReLU on the scores": (CourseSteps(**COURSE), RELU),
     "one-cycle up to 0.2, Nesterov, weight decay": (NoAverage(batch_size=512), RELU),
