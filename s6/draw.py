@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
-from scipy.ndimage import distance_transform_edt, gaussian_filter, maximum_filter, uniform_filter
+from PIL import Image, ImageOps
+from scipy.ndimage import convolve, distance_transform_edt, gaussian_filter, maximum_filter
 from skimage.filters import threshold_otsu
 from skimage.measure import label, regionprops
 from torch.nn.utils import fuse_conv_bn_eval
@@ -21,88 +21,72 @@ MEAN, STD = 0.1307, 0.3081  # as in utils.py. Each module works alone
 
 
 def _open(picture):
-    """Return the grey levels of a picture, (H, W) uint8, with at most 400 rows and columns."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 200_000_000  # of a phone
-    try:
-        if isinstance(picture, np.ndarray):
-            picture = Image.fromarray(picture.astype(np.uint8, casting="safe"))
-        elif not isinstance(picture, Image.Image):
-            picture = Image.open(picture)
-            picture.draft("L", (400, 400))  # decodes a JPEG at a fraction of its size
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode[0] in "IF":  # 16 or 32 bits. The lightest pixel becomes 255
-            levels = np.asarray(picture, np.float32)
-            picture = Image.fromarray(np.uint8(np.interp(levels, (0, levels.max()), (0, 255))))
+    """Return the grey levels of a picture, (H, W) float32, with at most 400 rows and columns."""
+    if isinstance(picture, (str, Path)):
+        with Image.open(picture) as file:
+            file.draft("L", (400, 400))  # decodes a JPEG at a fraction of its size
+            picture = ImageOps.exif_transpose(file)
+    if isinstance(picture, Image.Image) and picture.mode[0] not in "IF":
         picture = picture.convert("RGBA")
-        picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
-        grey, alpha = np.moveaxis(np.asarray(picture.convert("LA"), np.float32), 2, 0)
-        # Transparent parts become paper: black if all ink is light, else white.
-        darkest = grey.min(where=alpha > alpha.max() / 2, initial=255)
-        paper = 0 if darkest > 127 else 255
-        return np.uint8(paper + (grey - paper) * alpha / 255)
-    except Exception as error:  # such as no picture, or half of one
-        raise ValueError(
-            f"this is not a readable picture, such as a JPEG or PNG: {error}"
-        ) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    levels = np.asarray(picture)
+    if levels.dtype != np.uint8:  # booleans, 16 bits, floats. The largest value becomes white
+        levels = np.uint8(np.interp(levels, (0, levels.max()), (0, 255)))
+    picture = Image.fromarray(levels).convert("RGBA")
+    picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
+    grey, alpha = np.moveaxis(np.asarray(picture.convert("LA"), np.float32), 2, 0)
+    # Transparent parts become paper: black if all ink is light, else white.
+    darkest = grey.min(where=alpha > alpha.max() / 2, initial=255)
+    paper = 0 if darkest > 127 else 255
+    return paper + (grey - paper) * alpha / 255
 
 
 def _local_mean(values):
-    width = 2 * int(0.15 * max(values.shape)) + 1  # wider than strokes, narrower than shadows
-    for _ in range(2):  # two box filters are close to one Gaussian filter
-        values = uniform_filter(values, width, mode="nearest")
-    return values
+    sigma = 0.12 * max(values.shape)  # wider than strokes, narrower than shadows
+    return gaussian_filter(values, sigma, mode="nearest", truncate=2)
 
 
-def _thickness(mask):
-    return distance_transform_edt(mask)[mask].mean()
+def _find_ink(grey):
+    """Return `(darker, ink, contrast)`, all (H, W) as `grey`. Raises ValueError for one colour.
+
+    `darker` compares each pixel with the paper, as a share of the paper's grey. `ink` is a mask.
+    `contrast` compares each pixel with the mean of everything around it, in grey levels. Light ink
+    on dark paper is inverted first.
+    """
+    contrast = gaussian_filter(_local_mean(grey) - grey, 0.7)  # blurred, so that noise is not ink
+    ink = contrast > threshold_otsu(contrast)
+    if not ink.any():
+        raise ValueError("no ink was found: the picture has one colour")
+    ink_width, paper_width = (distance_transform_edt(mask)[mask].mean() for mask in (ink, ~ink))
+    if ink_width > paper_width:  # strokes are thin, so this is light ink on dark paper
+        grey, contrast, ink = 255 - grey, -contrast, ~ink
+    # Now we know where the ink is, so we can leave it out of the mean grey of the paper.
+    paper = np.where(maximum_filter(ink, 5), 1e-3, 1)
+    level = _local_mean(grey * paper) / _local_mean(paper)
+    darker = 1 - (grey + 1) / (level + 1)  # a share, because a shadow darkens paper and ink alike
+    smooth = gaussian_filter(darker, 0.7).clip(max=0.5)  # a black table must not hide pale ink
+    return darker, smooth > threshold_otsu(smooth), contrast
 
 
 def _extent(region):
     return max(region.image.shape)
 
 
-def _find_ink(grey):
-    """Return `(darker, ink, contrast)`, three arrays of the shape of `grey`, (H, W).
-
-    `darker` compares each pixel with the paper, as a share of the paper's grey. `ink` is a mask.
-    `contrast` compares each pixel with the mean of everything around it, in grey levels. Light ink
-    on dark paper is inverted first. Raises ValueError for one colour.
-    """
-    contrast = gaussian_filter(_local_mean(grey) - grey, 0.7)  # blurred, so that noise is not ink
-    ink = contrast > threshold_otsu(contrast)
-    if not ink.any():
-        raise ValueError("no ink was found: the picture has one colour")
-    if _thickness(ink) > _thickness(~ink):  # strokes are thin, so this is light ink on dark paper
-        grey, contrast, ink = 255 - grey, -contrast, ~ink
-    # Now we know where the ink is, so we can leave it out of the mean grey of the paper.
-    paper = np.where(maximum_filter(ink, 5), 1e-3, 1)
-    level = _local_mean(grey * paper) / _local_mean(paper)
-    darker = 1 - (grey + 1) / (level + 1)  # a share, because a shadow darkens paper and ink alike
-    smooth = gaussian_filter(darker, 0.7)
-    ink = smooth > threshold_otsu(smooth)
-    return darker, ink, contrast
-
-
 def _find_digit(ink, contrast):
     """Return the part of the mask `ink` that is the digit. Raises ValueError without one digit."""
     labels = label(ink)
-    # The edge of a shadow is pale: it has less contrast than 20 of 255 levels.
+    # Noise and the edge of a shadow are pale. They have less contrast than 20 of 255 levels.
     parts = [r for r in regionprops(labels, contrast) if r.intensity_mean >= 20]
     if not parts:
-        raise ValueError("no ink was found, or it is too pale: use a darker pen, or more light")
-    # A table or a printed line reaches the border. A digit reaches it only in a tight crop. In a
-    # tight crop, no other region is a tenth as large as the picture.
+        raise ValueError("no ink was found, or its contrast is too low: use a darker pen")
+    # A table or a printed line reaches the border. A digit reaches it only in a tight crop. There,
+    # no other region is large, and none covers most of a side, as a table does.
     sides = labels[0], labels[-1], labels[:, 0], labels[:, -1]
     regions = [r for r in parts if not any(r.label in side for side in sides)]
-    if max(map(_extent, regions), default=0) < 0.1 * max(ink.shape):
-        # A table covers a whole side. Squared paper has many holes (1 - euler_number).
-        tables = [side[0] for side in sides if (side == side[0]).all()]
-        regions = [r for r in parts if r.label not in tables and r.euler_number > -3]
+    if max(map(_extent, regions), default=0) < 0.05 * max(ink.shape):
+        regions = [r for r in parts if not any((side == r.label).mean() > 0.8 for side in sides)]
     # A line that ends on the paper is flat, and longer than the digit is high.
     tallest = max((len(r.image) for r in regions), default=0)
-    regions = [r for r in regions if r.image.shape[1] < max(4 * len(r.image), 0.9 * tallest)]
+    regions = [r for r in regions if r.image.shape[1] < max(4 * len(r.image), 1.2 * tallest)]
     largest = max(regions, key=_extent, default=None)
     if largest is None or _extent(largest) < 0.02 * max(ink.shape):
         raise ValueError("no digit was found: write it larger, and leave some paper around it")
@@ -111,47 +95,42 @@ def _find_digit(ink, contrast):
     framed = [r for r in regions if r.label in inside and _extent(r) > 0.2 * _extent(largest)]
     regions = framed or regions
     largest = max(regions, key=_extent)
-
-    # Strokes near the largest region belong to the same digit. So do strokes near these. We look
-    # less far to the sides, because another digit may stand there.
-    reach, digit = _extent(largest), [largest.label]
-    for _ in range(2):
-        near = maximum_filter(np.isin(labels, digit), (reach | 1, int(0.4 * reach) | 1))
-        digit = [r.label for r in regions if near[tuple(r.coords.T)].any()]
-    height = len(largest.image)
-    if any(len(r.image) > 0.5 * height for r in regions if r.label not in digit):
+    # Strokes near each other belong to one digit. We look less far to the sides, because another
+    # digit may stand there.
+    reach = _extent(largest)
+    ink = np.isin(labels, [r.label for r in regions])
+    near = label(maximum_filter(ink, (reach // 2 | 1, reach // 5 | 1)))
+    digit = ink & (near == near[tuple(largest.coords[0])])
+    apart = [r for r in regions if not digit[tuple(r.coords[0])]]
+    if any(len(r.image) > 0.5 * len(largest.image) for r in apart):
         raise ValueError("more than one digit was found: let one fill the picture")
-    return np.isin(labels, digit)
+    return digit
 
 
 def read_picture(picture):
     """Return the digit in a picture as MNIST would have it: (28, 28) uint8, light on black.
 
     The picture is cut to the digit. The longer side is scaled to 20 pixels. The centre of mass
-    moves to the middle (LeCun et al., "Gradient-based learning applied to document recognition",
-    1998).
+    moves to the middle (LeCun et al., Gradient-based learning applied to document recognition).
 
-    `picture` is a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). The digit may
-    be dark on light or light on dark. Raises ValueError without a picture, without a digit, or with
-    a second one that is clearly apart.
+    `picture` is a path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4). The digit may be
+    dark on light or light on dark. Raises OSError without a picture. Raises ValueError without a
+    digit, or with a second one that is clearly apart.
     """
-    darker, ink, contrast = _find_ink(_open(picture).astype(np.float32))
+    darker, ink, contrast = _find_ink(_open(picture))
     digit = _find_digit(ink, contrast)
-    darker = np.where(maximum_filter(digit, 5), darker, 0)
-    # The edge of a stroke is at half the level of ink. Everything far below becomes 0.
-    ink = np.clip((darker / np.quantile(darker[digit], 0.9) - 0.3) / 0.4, 0, 1)
-    rows, columns = (np.flatnonzero((ink >= 0.5).any(axis)) for axis in (1, 0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    margin = max(ink.shape)
-    side = 30 / 20 * margin  # this square becomes 30 x 30: 28 x 28 and a rim for the blur
+    # The edge of a stroke is at half the level of ink.
+    digit = maximum_filter(digit, 5) & (darker > np.quantile(darker[digit], 0.9) / 2)
+    (region,) = regionprops(digit.astype(np.uint8))
+    margin = max(region.image.shape)
+    side = 28 / 20 * margin  # this square becomes 28 x 28
     # With its corner at (x, y), the centre of mass is in pixel [14, 14], as in MNIST.
-    y, x = ((np.indices(ink.shape) + 0.5) * ink).sum((1, 2)) / ink.sum() + margin - 15.5 / 30 * side
-    square = Image.fromarray(np.pad((255 * ink).round().astype(np.uint8), margin))
-    image = square.resize((30, 30), Image.Resampling.BOX, (x, y, x + side, y + side))
+    y, x = np.add(region.centroid_local, 0.5 + margin - 14.5 / 28 * side)
+    square = Image.fromarray(np.pad(255 * region.image.astype(np.uint8), margin))
+    image = square.resize((28, 28), Image.Resampling.BOX, (x, y, x + side, y + side))
     # A thin stroke is grey now. Blur it to two pixels, as wide as MNIST's, and scale it to white.
-    image = image.filter(ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1)))
-    image = image.crop((1, 1, 29, 29))
-    return (np.asarray(image) * (255 / np.max(image))).round().astype(np.uint8)
+    image = convolve(np.float32(image), np.outer((1, 2, 1), (1, 2, 1)), mode="constant")
+    return (image * (255 / image.max())).round().astype(np.uint8)
 
 
 def classify(model, images):
@@ -180,11 +159,9 @@ def page_weights(model):
     ValueError for another network.
     """
     net = copy.deepcopy(getattr(model, "module", model)).cpu().eval()  # a GPU rounds more
-    layers, entries, activations = [], [], set()
+    layers, entries = [], []
     for layer in getattr(net, "layers", [])[:-1]:  # the last takes the mean
         if isinstance(getattr(layer, "norm", None), nn.BatchNorm2d):
-            activation = layer.activation
-            activations.add(getattr(activation, "__name__", type(activation).__name__).lower())
             layer = fuse_conv_bn_eval(layer.conv, layer.norm)
         entry = int(np.max(getattr(layer, "kernel_size", 1)))
         known = nn.MaxPool2d(entry)
@@ -195,26 +172,35 @@ def page_weights(model):
             raise ValueError(f"the drawing page does not know this layer: {layer}")
         layers.append(layer)
         entries.append(entry)
-    needs = "the drawing page needs blocks, then one convolution, as in Net"
-    if not activations:
-        raise ValueError(needs)
-    activation = ", ".join(sorted(activations))
-    if activation not in ("silu", "relu"):
-        raise ValueError(f"the drawing page knows one activation, SiLU or ReLU, not {activation}")
-    # The page computes these scores. A changed `forward`, for example, makes others.
-    x = images = 3 * torch.arange(784.0).sin().view(1, 1, 28, 28)
-    with torch.no_grad():
+    # Compute what the page computes. A changed `forward`, for example, gives other results.
+    images = 3 * torch.arange(784.0).sin().view(1, 1, 28, 28)
+    for activation in ("silu", "relu") if layers else ():
+        x = images
         for layer in layers[:-1]:
             x = layer(x)
             x = getattr(F, activation)(x) if isinstance(layer, nn.Conv2d) else x
-        scores = layers[-1](x).mean((2, 3))
-        same = torch.allclose(F.log_softmax(scores, 1), net(images), atol=1e-4)
-    if not same or not isinstance(layers[-1], nn.Conv2d):
-        raise ValueError(needs)
+        same = torch.allclose(layers[-1](x).mean((2, 3)).log_softmax(1), net(images), atol=1e-4)
+        if same and isinstance(layers[-1], nn.Conv2d):
+            break
+    else:
+        raise ValueError("the drawing page needs blocks with SiLU or ReLU, then one convolution")
     weights = torch.cat([part.flatten() for layer in layers for part in layer.parameters()])
     text = base64.b64encode(weights.detach().numpy()).decode()
     constants = {"LAYERS": entries, "ACTIVATION": activation, "WEIGHTS": text}
     return "".join(f"const {name} = {json.dumps(value)};\n" for name, value in constants.items())
+
+
+def drawing_page(model):
+    """Return the drawing page as one text, with the weights of `model` inside, for a notebook.
+
+    Raises FileNotFoundError if index.html is neither in ../docs nor beside draw.py.
+    """
+    here = Path(__file__).parent
+    page = here.parent / "docs" / "index.html"
+    page = page if page.is_file() else here / "index.html"
+    script = f"<script>\n{page_weights(model)}</script>"
+    text = page.read_text(encoding="utf-8")
+    return text.replace('<script src="weights.js"></script>', script)
 
 
 def show_page(model):
@@ -228,17 +214,3 @@ def show_page(model):
     else:
         frame = f'<iframe srcdoc="{page}" width="100%" height="760" frameborder="0"></iframe>'
         display(HTML(f"<div>{frame}</div>"))
-
-
-def drawing_page(model):
-    """Return the drawing page as one text, with the weights of `model` inside, for a notebook.
-
-    Raises FileNotFoundError if index.html is neither beside draw.py nor in ../docs.
-    """
-    here = Path(__file__).parent
-    places = [folder / "index.html" for folder in (here, here.parent / "docs")]
-    pages = [path.read_text(encoding="utf-8") for path in places if path.is_file()]
-    if not pages:
-        raise FileNotFoundError("index.html is missing: upload it beside draw.py")
-    script = f"<script>\n{page_weights(model)}</script>"
-    return pages[0].replace('<script src="weights.js"></script>', script)

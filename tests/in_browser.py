@@ -95,7 +95,7 @@ def test_all_ten_digits_are_read_and_made_ready_as_read_picture_does(hand, where
         drawing = hand.page.evaluate("(update(), paper.toDataURL())").split(",")[1]
         seen = np.array(hand.page.evaluate("Array.from(prepare())")).reshape(28, 28)
         difference = abs(seen - read_picture(Image.open(io.BytesIO(base64.b64decode(drawing)))))
-        assert difference.max() <= 24 and difference.mean() < 1, f"{digit}: {difference.max()}, {difference.mean()}"
+        assert difference.max() <= 8 and difference.mean() < 0.1, f"{digit}: {difference.max()}, {difference.mean()}"
     assert hand.find("#seen canvas").evaluate(PIXELS)[::4] == seen.flatten().tolist()
 
 
