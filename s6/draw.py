@@ -25,15 +25,17 @@ def _open(picture):
     if isinstance(picture, (str, Path)):
         with Image.open(picture) as file:
             file.draft("L", (400, 400))  # decodes a JPEG at a fraction of its size
-            picture = ImageOps.exif_transpose(file)
-    if isinstance(picture, Image.Image) and picture.mode[0] not in "IF":
-        picture = picture.convert("RGBA")
+            picture = file.copy()
+    if isinstance(picture, Image.Image):
+        picture = ImageOps.exif_transpose(picture)  # turns a photograph upright
+        if picture.mode[0] not in "IF":  # these hold integers or floats
+            picture = picture.convert("RGBA")
     levels = np.asarray(picture)
     if levels.dtype != np.uint8:  # booleans, 16 bits, floats. The largest value becomes white
         levels = np.uint8(np.interp(levels, (0, levels.max()), (0, 255)))
-    picture = Image.fromarray(levels).convert("RGBA")
+    picture = Image.fromarray(levels).convert("LA")
     picture.thumbnail((400, 400), Image.Resampling.BILINEAR)
-    grey, alpha = np.moveaxis(np.asarray(picture.convert("LA"), np.float32), 2, 0)
+    grey, alpha = np.moveaxis(np.asarray(picture, np.float32), 2, 0)
     # Transparent parts become paper: black if all ink is light, else white.
     darkest = grey.min(where=alpha > alpha.max() / 2, initial=255)
     paper = 0 if darkest > 127 else 255
@@ -74,12 +76,12 @@ def _extent(region):
 def _find_digit(ink, contrast):
     """Return the part of the mask `ink` that is the digit. Raises ValueError without one digit."""
     labels = label(ink)
-    # Noise and the edge of a shadow are pale. They have less contrast than 20 of 255 levels.
+    # Noise and the edge of a shadow are pale: less than 20 of 255 levels above what is around them.
     parts = [r for r in regionprops(labels, contrast) if r.intensity_mean >= 20]
     if not parts:
         raise ValueError("no ink was found, or its contrast is too low: use a darker pen")
-    # A table or a printed line reaches the border. A digit reaches it only in a tight crop. There,
-    # no other region is large, and none covers most of a side, as a table does.
+    # A table or a printed line reaches the border. A digit reaches it only in a tight crop, where
+    # nothing else is large. Even there, it does not cover most of a side, as a table does.
     sides = labels[0], labels[-1], labels[:, 0], labels[:, -1]
     regions = [r for r in parts if not any(r.label in side for side in sides)]
     if max(map(_extent, regions), default=0) < 0.05 * max(ink.shape):
@@ -99,7 +101,7 @@ def _find_digit(ink, contrast):
     # digit may stand there.
     reach = _extent(largest)
     ink = np.isin(labels, [r.label for r in regions])
-    near = label(maximum_filter(ink, (reach // 2 | 1, reach // 5 | 1)))
+    near = label(maximum_filter(ink, (reach // 2 | 1, reach // 5 | 1)))  # "| 1" makes it odd
     digit = ink & (near == near[tuple(largest.coords[0])])
     apart = [r for r in regions if not digit[tuple(r.coords[0])]]
     if any(len(r.image) > 0.5 * len(largest.image) for r in apart):
@@ -113,20 +115,21 @@ def read_picture(picture):
     The picture is cut to the digit. The longer side is scaled to 20 pixels. The centre of mass
     moves to the middle (LeCun et al., Gradient-based learning applied to document recognition).
 
-    `picture` is a path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4). The digit may be
-    dark on light or light on dark. Raises OSError without a picture. Raises ValueError without a
-    digit, or with a second one that is clearly apart.
+    `picture` is a path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4). In a uint8 array,
+    255 is white. In others, the largest value is. The digit may be dark on light or light on dark.
+    Raises OSError without a picture. Raises ValueError if no digit is found, or a second one that
+    is clearly apart.
     """
     darker, ink, contrast = _find_ink(_open(picture))
     digit = _find_digit(ink, contrast)
     # The edge of a stroke is at half the level of ink.
     digit = maximum_filter(digit, 5) & (darker > np.quantile(darker[digit], 0.9) / 2)
     (region,) = regionprops(digit.astype(np.uint8))
-    margin = max(region.image.shape)
-    side = 28 / 20 * margin  # this square becomes 28 x 28
+    longer = max(region.image.shape)
+    side = 28 / 20 * longer  # this square becomes 28 x 28
     # With its corner at (x, y), the centre of mass is in pixel [14, 14], as in MNIST.
-    y, x = np.add(region.centroid_local, 0.5 + margin - 14.5 / 28 * side)
-    square = Image.fromarray(np.pad(255 * region.image.astype(np.uint8), margin))
+    y, x = np.add(region.centroid_local, 0.5 + longer - 14.5 / 28 * side)
+    square = Image.fromarray(np.pad(255 * region.image.astype(np.uint8), longer))
     image = square.resize((28, 28), Image.Resampling.BOX, (x, y, x + side, y + side))
     # A thin stroke is grey now. Blur it to two pixels, as wide as MNIST's, and scale it to white.
     image = convolve(np.float32(image), np.outer((1, 2, 1), (1, 2, 1)), mode="constant")
@@ -156,7 +159,7 @@ def page_weights(model):
     """Return the text of docs/weights.js for `model`, a `Net` or its moving average.
 
     The page knows the kinds of layers of `Net`, any number of channels, SiLU and ReLU. Raises
-    ValueError for another network.
+    ValueError for another network, or RuntimeError if its shapes do not fit.
     """
     net = copy.deepcopy(getattr(model, "module", model)).cpu().eval()  # a GPU rounds more
     layers, entries = [], []
@@ -209,8 +212,8 @@ def show_page(model):
 
     try:
         page = escape(drawing_page(model))
-    except (FileNotFoundError, ValueError) as error:  # no index.html, or an unknown network
+    except (FileNotFoundError, RuntimeError, ValueError) as error:  # no file, or another network
         print(f"There is no page to draw on: {error}")
     else:
         frame = f'<iframe srcdoc="{page}" width="100%" height="760" frameborder="0"></iframe>'
-        display(HTML(f"<div>{frame}</div>"))
+        display(HTML(f"<div>{frame}</div>"))  # IPython warns about text that begins with <iframe

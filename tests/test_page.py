@@ -58,16 +58,19 @@ def test_a_network_that_the_page_cannot_compute_is_refused(place, layers, messag
     net.layers = torch.nn.Sequential(*net.layers[:place], *layers, *net.layers[place + 1 :])
     with pytest.raises(ValueError, match=message):
         page_weights(net)
-    for other in (torch.nn.Linear(784, 10), Net(activation=torch.tanh)):
-        with pytest.raises(ValueError, match="needs blocks with SiLU or ReLU"):
-            page_weights(other)
+
+
+@pytest.mark.parametrize("other", [torch.nn.Linear(784, 10), Net(activation=torch.tanh)])
+def test_a_network_without_blocks_or_with_another_activation_is_refused(other):
+    with pytest.raises(ValueError, match="needs blocks with SiLU or ReLU"):
+        page_weights(other)
 
 
 def test_the_page_loads_its_weights_or_is_in_one_piece_for_a_notebook(network, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "index.html").read_text(encoding="utf-8")
     assert drawing_page(network) == page.replace(' src="weights.js">', f">\n{page_weights(network)}") != page
     monkeypatch.setattr("s6.draw.__file__", str(tmp_path / "draw.py"))
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "index.html")):
+    with pytest.raises(FileNotFoundError, match="index.html"):
         drawing_page(network)
     (tmp_path / "index.html").write_text('<script src="weights.js"></script>', encoding="utf-8")
     assert drawing_page(network) == f"<script>\n{page_weights(network)}</script>"
