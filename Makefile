@@ -1,7 +1,7 @@
 # `make run` runs the notebook, `make test` runs the tests. Each command first installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-unexport JUPYTER_PATH PYTHONPATH  # they may name kernels and modules of another Python
+unexport JUPYTER_PATH MPLBACKEND PYTHONPATH  # they may name what only another Python has
 # pip cannot install into .venv and into the home of the user at once.
 export PIP_USER := 0
 NBCONVERT := $(BIN)/python -m nbconvert --log-level=ERROR

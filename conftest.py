@@ -7,6 +7,7 @@ from pathlib import Path
 
 # The user's own settings of matplotlib and IPython change outputs of the notebooks.
 os.environ |= {"MATPLOTLIBRC": os.devnull, "IPYTHONDIR": str(Path(__file__).parent / "build" / "ipython")}
+os.environ.pop("MPLBACKEND", None)
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: no bars among the tests' output
 
 import matplotlib.pyplot as plt  # on a new machine this builds a cache, and says so on stderr: not in a cell
