@@ -1,11 +1,12 @@
 """The drawing page carries the network, and refuses one that it cannot compute."""
 
 import copy
+from html import escape
 
 import pytest
 import torch
 
-from conftest import ROOT, network_in
+from conftest import CODE, ROOT, network_in
 from s6 import utils
 from s6.draw import classify, drawing_page, page_weights
 from s6.model import ConvBlock, Net
@@ -74,6 +75,11 @@ def test_the_page_loads_its_weights_or_is_in_one_piece_for_a_notebook(network, t
         drawing_page(network)
     (tmp_path / "index.html").write_text('<script src="weights.js"></script>', encoding="utf-8")
     assert drawing_page(network) == f"<script>\n{page_weights(network)}</script>"
+
+
+def test_the_page_stored_in_s6_ipynb_has_the_stored_weights(network):
+    stored = [output.data.get("text/html", "") for output in CODE["S6"][-1].outputs if "data" in output]
+    assert f'srcdoc="{escape(drawing_page(network))}"' in "".join(stored)
 
 
 def test_the_stored_network_is_above_the_goal(network):
