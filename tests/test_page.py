@@ -78,8 +78,9 @@ def test_the_page_loads_its_weights_or_is_in_one_piece_for_a_notebook(network, t
 
 
 def test_the_page_stored_in_s6_ipynb_has_the_stored_weights(network):
-    stored = [output.data.get("text/html", "") for output in CODE["S6"][-1].outputs if "data" in output]
-    assert f'srcdoc="{escape(drawing_page(network))}"' in "".join(stored)
+    outputs = [output.get("data", {}) for cell in CODE["S6"] for output in cell.outputs]
+    [stored] = [data["text/html"] for data in outputs if "text/html" in data]
+    assert f'srcdoc="{escape(drawing_page(network))}"' in stored
 
 
 def test_the_stored_network_is_above_the_goal(network):
